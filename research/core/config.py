@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration as frozen dataclasses: typed overrides, canonical JSON, and a hash.
+
+An experiment is a tree of frozen dataclasses. Three things are done with it here:
+
+* ``override`` changes one field by its dotted path, checked against the field's type;
+* ``to_json`` / ``from_json`` write and read it, leaving out fields at their default, so that a field
+  added later changes neither the file nor the hash of a run that has finished;
+* ``config_hash`` names it by content.
+"""
+
+import ast
+import dataclasses
+import difflib
+import enum
+import functools
+import hashlib
+import importlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from research.core.types import UserError
+
+TYPE_KEY = "type"
+MAX_LISTED = 12
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be built, named by its path."""
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The resolved annotation of every field of a dataclass, by name."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """A field's default value, or ``dataclasses.MISSING`` where it has none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+def to_json(value: Any) -> Any:
+    """A plain JSON value for a dataclass tree. Fields equal to their default are left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        cls = type(value)
+        record = {TYPE_KEY: f"{cls.__module__}:{cls.__qualname__}"}
+        hints = field_types(cls)
+        for field in dataclasses.fields(value):
+            child = getattr(value, field.name)
+            if child != default_of(field):
+                if hints[field.name] is float and isinstance(child, int):
+                    child = float(child)  # 1 and 1.0 are the same setting and must hash alike
+                record[field.name] = to_json(child)
+        return record
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): to_json(child) for key, child in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_json(child) for child in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ConfigError(
+        f"A {type(value).__name__} ({value!r}) cannot stand in a configuration: use numbers, strings, "
+        "tuples, mappings and frozen dataclasses."
+    )
+
+
+def from_json(record: Any, annotation: Any = Any) -> Any:
+    """The inverse of ``to_json``: rebuilds the dataclass tree; ``annotation`` restores tuples and enums."""
+    if isinstance(record, Mapping) and TYPE_KEY in record:
+        cls = resolve(record[TYPE_KEY])
+        hints = field_types(cls)
+        unknown = sorted(set(record) - set(hints) - {TYPE_KEY})
+        if unknown:
+            raise ConfigError(
+                f"{cls.__name__} has no field {unknown[0]!r}: the configuration was written by another "
+                f"version of the code; the fields now are {', '.join(hints)}."
+            )
+        return cls(**{k: from_json(v, hints[k]) for k, v in record.items() if k != TYPE_KEY})
+    for option in union_members(annotation):
+        if isinstance(option, type) and issubclass(option, enum.Enum):
+            return option(record)
+    if isinstance(record, Mapping):
+        return {key: from_json(child) for key, child in record.items()}
+    if isinstance(record, list):
+        inner = next((typing.get_args(m)[0] for m in union_members(annotation) if typing.get_args(m)), Any)
+        return tuple(from_json(child, inner) for child in record)
+    return record
+
+
+def resolve(name: str) -> type:
+    """The dataclass written as ``module:qualname``."""
+    module_name, _, qualname = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in qualname.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"The configuration names {name!r}, which cannot be imported ({error}).") from error
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise ConfigError(f"The configuration names {name!r}, which is not a dataclass.")
+    return found
+
+
+def config_hash(value: Any, length: int = 12) -> str:
+    """A hash of the configuration's content; classes count by name, so that moving one keeps the hash."""
+
+    def short(record: Any) -> Any:
+        if isinstance(record, dict):
+            return {
+                k: v.rpartition(":")[2] if k == TYPE_KEY and isinstance(v, str) else short(v)
+                for k, v in record.items()
+            }
+        return [short(child) for child in record] if isinstance(record, list) else record
+
+    text = json.dumps(short(to_json(value)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """What differs between two JSON records, one "path: old -> new" each."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = []
+        for key in sorted(set(old) | set(new)):
+            inner = f"{path}.{key}" if path else key
+            found += differences(old.get(key, "(default)"), new.get(key, "(default)"), inner)
+        return found
+    return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+# --- overrides ----------------------------------------------------------------------------------
+
+
+def override(config: Any, assignment: str) -> Any:
+    """``config`` with one field changed, e.g. ``override(experiment, "model.d_model=512")``.
+
+    The path goes through dataclass fields, tuple indices and mapping keys; the text is read as the
+    field's own type. Raises ConfigError naming what was given, what is allowed and the nearest name.
+    """
+    path, equals, text = assignment.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"An override is written path=value; {assignment!r} is not.")
+    return _override(config, path.strip().split("."), text.strip(), path.strip(), Any)
+
+
+def _override(config: Any, parts: list[str], text: str, path: str, annotation: Any) -> Any:
+    if not parts:
+        return parse(text, annotation, path, current=config)
+    head, rest = parts[0], parts[1:]
+    if dataclasses.is_dataclass(config):
+        hints = field_types(type(config))
+        if head not in hints:
+            raise ConfigError(_no_such(path, head, type(config).__name__, "field", list(hints)))
+        changed = _override(getattr(config, head), rest, text, path, hints[head])
+        return dataclasses.replace(config, **{head: changed})
+    if isinstance(config, tuple):
+        if not head.isdigit() or int(head) >= len(config):
+            raise ConfigError(
+                f"--set {path}: {head!r} is not an index into a tuple of {len(config)} "
+                f"(0 to {len(config) - 1} are)."
+            )
+        index = int(head)
+        args = typing.get_args(annotation)
+        inner = (args[0] if args[-1] is Ellipsis else args[index]) if args else Any
+        return config[:index] + (_override(config[index], rest, text, path, inner),) + config[index + 1 :]
+    if isinstance(config, Mapping):
+        if head not in config:
+            raise ConfigError(_no_such(path, head, "the mapping", "key", list(config)))
+        return {**config, head: _override(config[head], rest, text, path, Any)}
+    raise ConfigError(f"--set {path}: {head!r} lies below a {type(config).__name__}, which has no fields.")
+
+
+def _no_such(path: str, given: str, owner: str, kind: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(given, names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    listed = ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
+    return f"--set {path}: {owner} has no {kind} {given!r}.{hint} It has: {listed}."
+
+
+def union_members(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union annotation, or the annotation alone."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def parse(text: str, annotation: Any, path: str, current: Any = None) -> Any:
+    """Reads ``text`` as a value of the annotated type. Raises ConfigError with what is allowed."""
+    members = union_members(annotation)
+    if type(None) in members and text.lower() in ("none", "null"):
+        return None
+    for member in members:
+        try:
+            return _parse_as(text, member, current)
+        except ValueError:
+            continue
+    if dataclasses.is_dataclass(current):
+        names = ", ".join(f.name for f in dataclasses.fields(current))
+        raise ConfigError(
+            f"--set {path}: this is a whole {type(current).__name__}; set one of its fields ({names})."
+        )
+    raise ConfigError(f"--set {path}: {text!r} is not {_describe(members)}.")
+
+
+def _parse_as(text: str, member: Any, current: Any) -> Any:
+    origin = typing.get_origin(member)
+    if origin is typing.Literal:
+        for choice in typing.get_args(member):
+            if text == str(choice):
+                return choice
+        raise ValueError(text)
+    if isinstance(member, type) and issubclass(member, enum.Enum):
+        return member(text)
+    if member is bool:
+        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _bad(text)
+    if member is int:
+        number = float(text) if any(c in text for c in ".eE") else int(text)
+        return int(number) if number == int(number) else _bad(text)
+    if member is float:
+        return float(text)
+    if member is str:
+        return text
+    if origin is tuple or member is tuple:
+        return _parse_tuple(text, typing.get_args(member))
+    if member is Any and not dataclasses.is_dataclass(current):
+        return type(current)(text) if isinstance(current, int | float | str) else _bad(text)
+    raise ValueError(text)
+
+
+def _parse_tuple(text: str, args: tuple[Any, ...]) -> tuple:
+    value = ast.literal_eval(text if text[:1] in "([" else f"({text},)") if text else ()
+    inner = args[0] if args else Any
+    if inner in (int, float, str):
+        if not all(isinstance(v, int | float if inner is float else inner) for v in value):
+            raise ValueError(text)
+        return tuple(inner(v) for v in value)
+    raise ValueError(text)
+
+
+def _bad(text: str) -> typing.NoReturn:
+    raise ValueError(text)
+
+
+def _describe(members: tuple[Any, ...]) -> str:
+    words = []
+    for member in members:
+        if typing.get_origin(member) is typing.Literal:
+            words.append("one of " + ", ".join(str(c) for c in typing.get_args(member)))
+        elif isinstance(member, type) and issubclass(member, enum.Enum):
+            words.append("one of " + ", ".join(str(c.value) for c in member))
+        elif member is type(None):
+            words.append("none")
+        else:
+            words.append({int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+                member, str(member)))
+    return " or ".join(words)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shared vocabulary: shape suffixes, batches, weighted sums, and the contracts between rooms.
+
+Shape suffixes (``x_BTD``): B batch, T query time, S key time, D model, N heads, K kv heads, H head
+width, F feed-forward, E experts, V vocabulary, L layers. In ``research/scaling`` words are used
+instead (``params``, ``tokens``, ``flops``), because there N and D mean other things.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+
+Array = jax.Array
+Params = Any  # a nested dict of arrays
+Batch = Mapping[str, Array]
+Metrics = dict[str, Any]
+
+
+class UserError(Exception):
+    """Something the user can mend: one plain sentence saying what was given, what is allowed, what to do."""
+
+
+class WeightedSum(NamedTuple):
+    """A sum and its denominator, kept apart so that microbatches and shards add up exactly.
+
+    ``weight`` depends on the batch alone, never on parameters: the mean is formed once, from global sums.
+    """
+
+    sum: Array
+    weight: Array
+
+    @property
+    def mean(self) -> Array:
+        return self.sum / jax.numpy.maximum(self.weight, 1e-9)
+
+
+class Term(NamedTuple):
+    """One term of a loss: it contributes ``coefficient * value.sum / global(value.weight)``."""
+
+    coefficient: float | Array
+    value: WeightedSum
+
+
+class Loss(NamedTuple):
+    """What an objective returns.
+
+    terms: what is minimised, each with a denominator of its own.
+    metrics: what is only reported (name -> WeightedSum).
+    stats: sums for ``model.update`` (router loads and the like), added over microbatches and shards.
+    """
+
+    terms: Mapping[str, Term]
+    metrics: Mapping[str, WeightedSum]
+    stats: Any
+
+
+class Output(NamedTuple):
+    """What a model's forward pass returns: final hidden states, the cache after them, auxiliary losses, stats."""
+
+    hidden: Array
+    cache: Any
+    aux: Mapping[str, WeightedSum]
+    stats: Any
+
+
+class Policy(Protocol):
+    """A model bound to its parameters; a pytree (``research.models.bound.Bound``)."""
+
+    def forward(self, batch: Batch, cache: Any = None) -> Output: ...
+
+    def logits(self, hidden: Array) -> Array: ...
+
+    @property
+    def head(self) -> tuple[Array, str]: ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A pure function of the policy, the frozen models, a batch and a key."""
+
+    def __call__(self, policy: Policy, frozen: Mapping[str, Policy], batch: Batch, key: Array) -> Loss: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a source or an eval runs: the mesh its batches are laid out over, the run's seed, the cache folder."""
+
+    mesh: jax.sharding.Mesh
+    seed: int
+    cache_dir: Path
+
+
+class Stream(Protocol):
+    """Batches of one run. ``next`` is a function of (policy, seed, step), never of host timing."""
+
+    def next(self, policy: Policy | None, step: int) -> Batch:
+        """The global batch of ``step``, as global arrays sharded over the context's mesh."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """One small JSON value, equal on all hosts."""
+        ...
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues from a state. Raises UserError where the data are no longer those of the state."""
+        ...
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where batches come from: a corpus, preference pairs, rollouts of the live policy."""
+
+    batch_size: int
+    sequence_length: int
+
+    def start(self, context: Context) -> Stream: ...
+
+
+class EvalRun(Protocol):
+    def __call__(self, policy: Policy, step: int) -> Metrics: ...
+
+
+@runtime_checkable
+class Eval(Protocol):
+    """Something measured every ``every`` steps and at the end (0: at the end only), with keys of its own."""
+
+    every: int
+
+    def start(self, context: Context) -> EvalRun: ...
