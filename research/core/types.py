@@ -6,10 +6,10 @@ width, F feed-forward, E experts, V vocabulary, L layers. In ``research/scaling`
 instead (``params``, ``tokens``, ``flops``), because there N and D mean other things.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -66,6 +66,15 @@ class Output(NamedTuple):
     stats: Any
 
 
+@dataclass(frozen=True)
+class Precision:
+    """Number formats: parameters at rest, matrix products, and the logits that a loss is computed from."""
+
+    params: Literal["float32", "bfloat16"] = "float32"
+    compute: Literal["float32", "bfloat16"] = "float32"
+    logits: Literal["float32", "bfloat16"] = "float32"
+
+
 class Policy(Protocol):
     """A model bound to its parameters; a pytree (``research.models.bound.Bound``)."""
 
@@ -73,8 +82,9 @@ class Policy(Protocol):
 
     def logits(self, hidden: Array) -> Array: ...
 
-    @property
-    def head(self) -> tuple[Array, str]: ...
+    def head(self) -> Callable[[Array], Array]:
+        """``logits`` as a pytree that holds the head's own parameters only, to be differentiated in chunks."""
+        ...
 
 
 @runtime_checkable

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-attention: multi-head (MHA), grouped-query (GQA; Ainslie et al. 2023) and multi-query (MQA; Shazeer 2019)."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from research.core.sharding import constrain
+from research.core.types import Array, Precision, UserError
+from research.models import ops
+from research.models.cache import LayerCache, append
+from research.models.layers import Linear, WeightInit
+from research.models.positions import rotate
+
+
+class Tokens(NamedTuple):
+    """What attention knows of the tokens in hand, the same for every layer.
+
+    positions and segments [B, T]; rotary: sines and cosines or None; length [B]: filled cache slots or None.
+    """
+
+    positions: Array
+    segments: Array
+    rotary: tuple[Array, Array] | None
+    length: Array | None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """num_kv_heads: None is one for each head (MHA), 1 is MQA. head_dim: None is d_model / num_heads."""
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    window: int = 0
+    implementation: ops.AttentionImplementation = "auto"
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    def width(self, d_model: int) -> int:
+        """The width of one head. Raises UserError where heads do not divide."""
+        if self.num_heads % self.kv_heads:
+            raise UserError(
+                f"{self.num_heads} heads cannot share {self.kv_heads} kv heads evenly: choose num_kv_heads "
+                f"among the divisors of {self.num_heads}."
+            )
+        if self.head_dim is None and d_model % self.num_heads:
+            raise UserError(
+                f"d_model {d_model} does not split into {self.num_heads} heads: choose num_heads among its "
+                "divisors or set head_dim."
+            )
+        return self.head_dim or d_model // self.num_heads
+
+    def build(self, d_model: int, num_layers: int, weight_init: WeightInit, precision: Precision, platform: str) -> nn.Module:
+        return _Attention(self, d_model, num_layers, weight_init, precision, platform, name="attention")
+
+
+class _Attention(nn.Module):
+    config: Attention
+    d_model: int
+    num_layers: int
+    weight_init: WeightInit
+    precision: Precision
+    platform: str
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, tokens: Tokens, cache: LayerCache | None) -> tuple[Array, LayerCache | None]:
+        config, d_model = self.config, self.d_model
+        head_dim = config.width(d_model)
+
+        def project(name: str, heads: int, axis: str) -> Array:
+            init = self.weight_init.matrix(d_model)
+            axes = ("embed", axis, "head_dim")
+            layer = Linear((d_model,), (heads, head_dim), axes, init, self.precision, self.platform, name=name)
+            return constrain(layer(x_BTD), "batch", "sequence", "act_heads", None)
+
+        q_BTNH = project("q", config.num_heads, "heads")
+        k_BTKH = project("k", config.kv_heads, "kv_heads")
+        v_BTKH = project("v", config.kv_heads, "kv_heads")
+        if tokens.rotary is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, tokens.rotary), rotate(k_BTKH, tokens.rotary)
+        kv_positions, kv_segments = tokens.positions, tokens.segments
+        if cache is not None and tokens.length is not None:
+            cache = append(cache, k_BTKH, v_BTKH, tokens.length)
+            k_BTKH, v_BTKH = cache.k.astype(q_BTNH.dtype), cache.v.astype(q_BTNH.dtype)
+            slots_BS = jnp.broadcast_to(jnp.arange(cache.k.shape[1])[None, :], cache.k.shape[:2])
+            kv_positions = slots_BS
+            kv_segments = (slots_BS < (tokens.length + x_BTD.shape[1])[:, None]).astype(jnp.int32)
+        out_BTNH = ops.attention(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            q_positions=tokens.positions,
+            kv_positions=kv_positions,
+            q_segments=tokens.segments,
+            kv_segments=kv_segments,
+            visibility=ops.Visibility("causal", config.window),
+            aligned=cache is None,
+            implementation=config.implementation,
+            platform=self.platform,
+        )
+        init = self.weight_init.matrix(config.num_heads * head_dim, residual_layers=self.num_layers)
+        axes = ("heads", "head_dim", "embed")
+        out = Linear((config.num_heads, head_dim), (d_model,), axes, init, self.precision, self.platform, name="out")
+        return out(out_BTNH), cache

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model bound to its parameters: what objectives, sources and evals are handed."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from research.core.types import Array, Batch, Output, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bound:
+    """A pytree of parameters and buffers with the module that reads them (static)."""
+
+    params: Params
+    buffers: Params
+    module: nn.Module = field(metadata={"static": True})
+
+    def forward(self, batch: Batch, cache: Any = None) -> Output:
+        """batch: tokens, positions, segment_ids [B, T]. Hidden states come out after the final norm [B, T, D]."""
+        return self.module.apply({"params": self.params, "buffers": self.buffers}, batch, cache, method="forward")
+
+    def logits(self, hidden: Array) -> Array:
+        """[..., D] -> [..., V] in the logits dtype."""
+        return self.head()(hidden)
+
+    def head(self) -> "Head":
+        return Head(self.module.head_params(self.params), self.module)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Head:
+    """The output head alone, differentiable by itself: a loss in chunks need not carry the whole model's gradient."""
+
+    params: Params
+    module: nn.Module = field(metadata={"static": True})
+
+    def __call__(self, hidden: Array) -> Array:
+        return self.module.apply({"params": self.params}, hidden, method="logits")

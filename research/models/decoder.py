@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder-only transformer: a frozen description, and the Flax module that it builds."""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from research.core.sharding import constrain
+from research.core.types import Array, Batch, Output, Params, Precision, UserError
+from research.models import cache as caches
+from research.models.attention import Attention, Tokens
+from research.models.bound import Bound
+from research.models.layers import Embedding, Linear, Norm, WeightInit
+from research.models.mlp import Mlp
+from research.models.positions import Learned, Position, Rotary, Sinusoidal, rotary_tables, sinusoids
+from research.models.stack import Remat, stack
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A dense decoder (Vaswani et al. 2017, pre-norm): token embedding, blocks, final norm, head.
+
+    head: "tied" reads logits off the embedding table, "untied" has a matrix of its own.
+    layers: "scanned" compiles one block whatever the depth; "unrolled" compiles each, for speed or for
+        counting. The parameters are the same.
+    remat: what the backward pass recomputes: none of it, all of it ("full"), all but matrix products
+        ("save_matmuls"), or all but products with weights ("save_weight_matmuls").
+    """
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    attention: Attention
+    mlp: Mlp
+    norm: Norm = field(default_factory=Norm)
+    position: Position = field(default_factory=Rotary)
+    head: Literal["tied", "untied"] = "untied"
+    layers: Literal["scanned", "unrolled"] = "scanned"
+    remat: Remat = "none"
+    weight_init: WeightInit = field(default_factory=WeightInit)
+
+    def check(self, *, sequence_length: int, vocab_size: int) -> None:
+        """Raises UserError where the sizes cannot work together, or with the data's."""
+        for name, size in (
+            ("vocab_size", self.vocab_size),
+            ("d_model", self.d_model),
+            ("num_layers", self.num_layers),
+            ("num_heads", self.attention.num_heads),
+            ("d_ff", self.mlp.d_ff),
+        ):
+            if size < 1:
+                raise UserError(f"The model's {name} is {size}: it must be at least 1.")
+        width = self.attention.width(self.d_model)
+        if isinstance(self.position, Rotary) and width % 2:
+            raise UserError(f"Rotary positions need an even head width; d_model and num_heads give {width}.")
+        if isinstance(self.position, Sinusoidal) and self.d_model % 2:
+            raise UserError(f"Sinusoidal positions need an even d_model; given {self.d_model}.")
+        if isinstance(self.position, Learned) and sequence_length > self.position.max_length:
+            raise UserError(
+                f"A sequence of {sequence_length} tokens is longer than the model's table of "
+                f"{self.position.max_length} positions: raise model.position.max_length or shorten "
+                "source.sequence_length."
+            )
+        if vocab_size > self.vocab_size:
+            raise UserError(
+                f"The tokenizer has {vocab_size} tokens and the model's vocab_size is {self.vocab_size}: "
+                f"set model.vocab_size to {vocab_size} or more."
+            )
+
+    def build(self, precision: Precision, *, platform: str = "cpu") -> nn.Module:
+        return _Decoder(config=self, precision=precision, platform=platform)
+
+    def init_boxed(self, key: Array, precision: Precision) -> Any:
+        dummy = jnp.zeros((1, 1), jnp.int32)
+        batch = {"tokens": dummy, "positions": dummy, "segment_ids": dummy + 1}
+        variables = self.build(precision).init(key, batch, method="initialise")
+        return variables["params"]
+
+    def init_params(self, key: Array, precision: Precision) -> Params:
+        """Fresh parameters, a nested dict of arrays."""
+        return nn.meta.unbox(self.init_boxed(key, precision))
+
+    def init_buffers(self) -> Params:
+        """State that changes without a gradient; a dense decoder has none."""
+        return {}
+
+    def update(self, buffers: Params, stats: Any) -> Params:
+        """Buffers after one optimizer step, from the statistics of the whole global batch."""
+        del stats
+        return buffers
+
+    def shapes(self, precision: Precision) -> Params:
+        """The parameter tree as shapes."""
+        return jax.eval_shape(functools.partial(self.init_params, precision=precision), jax.random.key(0))
+
+    def logical_axes(self) -> Any:
+        """A tree like the parameters, with a tuple of logical axis names for each."""
+        boxed = jax.eval_shape(
+            functools.partial(self.init_boxed, precision=Precision()), jax.random.key(0)
+        )
+        return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+
+    def bind(self, params: Params, buffers: Params, precision: Precision, *, platform: str = "cpu") -> Bound:
+        return Bound(params, buffers, self.build(precision, platform=platform))
+
+    def empty_cache(self, *, batch: int, slots: int, precision: Precision) -> caches.Cache:
+        return caches.empty(
+            num_layers=self.num_layers,
+            batch=batch,
+            slots=slots,
+            num_kv_heads=self.attention.kv_heads,
+            head_dim=self.attention.width(self.d_model),
+            dtype=precision.compute,
+        )
+
+
+class _Decoder(nn.Module):
+    config: Decoder
+    precision: Precision
+    platform: str
+
+    def setup(self) -> None:
+        c = self.config
+        embed_axes = ("vocab", "embed")
+        init = c.weight_init.embedding(c.d_model)
+        self.embedding = Embedding(c.vocab_size, c.d_model, embed_axes, init, self.precision)
+        if isinstance(c.position, Learned):
+            axes = ("position", "embed")
+            self.position = Embedding(c.position.max_length, c.d_model, axes, init, self.precision)
+        self.layers = stack(layers=c.layers, remat=c.remat, num_layers=c.num_layers)(
+            attention=c.attention,
+            mlp=c.mlp,
+            norm=c.norm,
+            d_model=c.d_model,
+            num_layers=c.num_layers,
+            weight_init=c.weight_init,
+            precision=self.precision,
+            platform=self.platform,
+        )
+        self.final_norm = c.norm.build(c.d_model, self.precision)
+        if c.head == "untied":
+            matrix = c.weight_init.matrix(c.d_model)
+            precision = Precision(params=self.precision.params, compute=self.precision.logits)
+            self.unembedding = Linear(
+                (c.d_model,), (c.vocab_size,), ("embed", "vocab"), matrix, precision, self.platform
+            )
+
+    def forward(self, batch: Batch, cache: caches.Cache | None = None) -> Output:
+        c, positions_BT = self.config, batch["positions"]
+        x_BTD = self.embedding(batch["tokens"])
+        if isinstance(c.position, Learned):
+            x_BTD = x_BTD + self.position(positions_BT)
+        elif isinstance(c.position, Sinusoidal):
+            x_BTD = x_BTD + sinusoids(c.position, positions_BT, c.d_model).astype(x_BTD.dtype)
+        x_BTD = constrain(x_BTD, "batch", "sequence", "act_embed")
+        rotary = None
+        if isinstance(c.position, Rotary):
+            rotary = rotary_tables(c.position, positions_BT, c.attention.width(c.d_model))
+        tokens = Tokens(positions_BT, batch["segment_ids"], rotary, cache.length if cache is not None else None)
+        x_BTD, layers = self.layers(x_BTD, cache.layers if cache is not None else None, tokens)
+        if cache is not None:
+            cache = caches.Cache(layers, cache.length + positions_BT.shape[1])
+        return Output(hidden=self.final_norm(x_BTD), cache=cache, aux={}, stats={})
+
+    def logits(self, hidden: Array) -> Array:
+        """[..., D] -> [..., V]."""
+        if self.config.head == "untied":
+            return self.unembedding(hidden)
+        dtype = jnp.dtype(self.precision.logits)
+        table_VD = self.embedding.table_VD.astype(dtype)
+        contract = ((hidden.ndim - 1,), (1,))
+        return jax.lax.dot_general(hidden.astype(dtype), table_VD, (contract, ((), ())))
+
+    def initialise(self, batch: Batch) -> Array:
+        return self.logits(self.forward(batch).hidden)
+
+    def head_params(self, params: Params) -> Params:
+        """The part of the parameters that ``logits`` reads."""
+        name = "unembedding" if self.config.head == "untied" else "embedding"
+        return {name: params[name]}

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The leaves of every model: initialisers, ``Linear``, ``Norm``, ``Embedding``.
+
+One ``Linear`` for the whole codebase: a parameter with logical axes, and one ``lax.dot_general``.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from research.core.sharding import Axes
+from research.core.types import Array, Precision
+from research.models import ops
+
+Initializer = Callable[..., Array]
+
+
+@dataclass(frozen=True)
+class WeightInit:
+    """Initial weights.
+
+    scheme "fan_in": every matrix from a normal distribution cut at two deviations, of standard deviation
+        1/sqrt(fan-in) (LeCun et al. 1998); embeddings 1/sqrt(d_model).
+    scheme "gpt2": every matrix and embedding normal with standard deviation 0.02 (Radford et al. 2019).
+    In both, the projections that write into the residual stream are divided by sqrt(2 num_layers)
+    (Radford et al. 2019, section 2.3), norms start at one and biases at zero.
+    """
+
+    scheme: Literal["fan_in", "gpt2"] = "fan_in"
+
+    def matrix(self, fan_in: int, *, residual_layers: int = 0) -> Initializer:
+        scale = 1.0 / math.sqrt(2 * residual_layers) if residual_layers else 1.0
+        if self.scheme == "gpt2":
+            return nn.initializers.normal(0.02 * scale)
+        return truncated_normal(scale / math.sqrt(fan_in))
+
+    def embedding(self, d_model: int) -> Initializer:
+        return nn.initializers.normal(0.02 if self.scheme == "gpt2" else 1.0 / math.sqrt(d_model))
+
+
+def truncated_normal(stddev: float) -> Initializer:
+    """Normal cut at two deviations, rescaled so that ``stddev`` is that of the draws."""
+    return nn.initializers.truncated_normal(stddev / 0.87962566103423978)
+
+
+def param(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: Axes, dtype: str) -> Array:
+    """A parameter with its logical axes recorded beside it."""
+    boxed = nn.with_logical_partitioning(init, axes)
+    return module.param(name, boxed, shape, jnp.dtype(dtype))
+
+
+class Linear(nn.Module):
+    """A matrix product without bias: contracts the last ``len(in_shape)`` dimensions of x.
+
+    x [..., *in_shape], w [*in_shape, *out_shape] -> [..., *out_shape], in the compute dtype.
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    axes: Axes
+    initializer: Initializer
+    precision: Precision
+    platform: str = "cpu"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        w = param(self, "w", self.initializer, self.in_shape + self.out_shape, self.axes, self.precision.params)
+        dtype = jnp.dtype(self.precision.compute)
+        return ops.linear(x.astype(dtype), w.astype(dtype), contract=len(self.in_shape), platform=self.platform)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Normalisation of the hidden state, statistics in float32.
+
+    kind "rms": x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich 2019).
+    kind "layer": (x - mean) / sqrt(var + eps) * scale + bias (Ba et al. 2016).
+    """
+
+    kind: Literal["rms", "layer"] = "rms"
+    eps: float = 1e-6
+
+    def build(self, d_model: int, precision: Precision, **kwargs: Any) -> nn.Module:
+        return _Norm(config=self, d_model=d_model, precision=precision, **kwargs)
+
+
+class _Norm(nn.Module):
+    config: Norm
+    d_model: int
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        shape, dtype = (self.d_model,), self.precision.params
+        scale_D = param(self, "scale", nn.initializers.ones, shape, ("norm",), dtype).astype(jnp.float32)
+        y_BTD = x_BTD.astype(jnp.float32)
+        if self.config.kind == "layer":
+            y_BTD = y_BTD - jnp.mean(y_BTD, axis=-1, keepdims=True)
+        y_BTD = y_BTD * jax.lax.rsqrt(jnp.mean(jnp.square(y_BTD), axis=-1, keepdims=True) + self.config.eps)
+        y_BTD = y_BTD * scale_D[None, None, :]
+        if self.config.kind == "layer":
+            bias_D = param(self, "bias", nn.initializers.zeros, shape, ("norm",), dtype)
+            y_BTD = y_BTD + bias_D.astype(jnp.float32)[None, None, :]
+        return y_BTD.astype(self.precision.compute)
+
+
+class Embedding(nn.Module):
+    """A table of vectors: ids [B, T] -> [B, T, D] in the compute dtype. Its table may serve as a tied head."""
+
+    rows: int
+    d_model: int
+    axes: Axes
+    initializer: Initializer
+    precision: Precision
+
+    def setup(self) -> None:
+        self.table_VD = param(self, "table", self.initializer, (self.rows, self.d_model), self.axes, self.precision.params)
+
+    def __call__(self, ids_BT: Array) -> Array:
+        return jnp.take(self.table_VD, ids_BT, axis=0).astype(self.precision.compute)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experiment: one frozen value that says everything about a run."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from research.core.config import config_hash, to_json
+from research.core.sharding import MeshSpec
+from research.core.types import Eval, Objective, Precision, Source, UserError
+from research.models.decoder import Decoder
+from research.scaling import cost
+from research.train.optimizers import AdamW, Clock, Flops, Length, Optimizer, Steps, Tokens
+
+__all__ = ["AdamW", "CheckpointPolicy", "Experiment", "Flops", "Init", "Length", "Steps", "Tokens"]
+
+
+@dataclass(frozen=True)
+class Init:
+    """Where parameters come from instead of a random draw.
+
+    checkpoint: a run's folder, or one of its checkpoints. model: its description, where it differs from the
+    experiment's own (a frozen teacher). parts: "weights" alone, or "all" of the state: optimizer and data
+    position too.
+    """
+
+    checkpoint: str
+    model: Decoder | None = None
+    parts: Literal["weights", "all"] = "weights"
+
+
+@dataclass(frozen=True)
+class CheckpointPolicy:
+    """every: steps between checkpoints (0: at the end only). keep_last: how many recent ones stay.
+    keep_every: those at multiples of so many steps stay for good (0: none)."""
+
+    every: int = 200
+    keep_last: int = 1
+    keep_every: int = 0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run. ``replace(experiment, ...)`` makes a variant; its JSON leaves out fields at their default.
+
+    accumulate: microbatches per optimizer step. log_every: steps between lines of metrics.
+    ema: decay of a moving average of the parameters, kept beside them (0: none).
+    """
+
+    name: str
+    model: Decoder
+    objective: Objective
+    source: Source
+    optimizer: Optimizer
+    length: Length
+    mesh: MeshSpec = field(default_factory=MeshSpec)
+    precision: Precision = field(default_factory=Precision)
+    init: Init | None = None
+    frozen: Mapping[str, Init] = field(default_factory=dict)
+    evals: tuple[Eval, ...] = ()
+    checkpoint: CheckpointPolicy = field(default_factory=CheckpointPolicy)
+    accumulate: int = 1
+    log_every: int = 10
+    ema: float = 0.0
+    seed: int = 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.source.batch_size * self.source.sequence_length
+
+    @property
+    def flops_per_token(self) -> float:
+        """Training FLOPs per token by the project's convention (``research.scaling.cost``)."""
+        return cost.training_flops_per_token(self.model, sequence_length=self.source.sequence_length)
+
+    @property
+    def clock(self) -> Clock:
+        """Turns a length in tokens or FLOPs into steps of this run."""
+        return Clock(tokens_per_step=self.tokens_per_step, flops_per_token=self.flops_per_token)
+
+    @property
+    def steps(self) -> int:
+        return max(1, self.clock.steps(self.length))
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+    @property
+    def flops(self) -> float:
+        return self.tokens * self.flops_per_token
+
+    def check(self) -> None:
+        """Raises UserError for what can be told wrong before anything is loaded."""
+        for name, value, least in (
+            ("source.batch_size", self.source.batch_size, 1),
+            ("source.sequence_length", self.source.sequence_length, 1),
+            ("accumulate", self.accumulate, 1),
+            ("log_every", self.log_every, 1),
+            ("checkpoint.every", self.checkpoint.every, 0),
+            ("checkpoint.keep_last", self.checkpoint.keep_last, 1),
+        ):
+            if value < least:
+                raise UserError(f"{name} is {value}: it must be at least {least}.")
+
+    def record(self) -> Any:
+        """The experiment's JSON."""
+        return to_json(self)
+
+    @property
+    def hash(self) -> str:
+        """Content hash; the name and what only watches the run (logging, checkpoints) do not count."""
+        plain = dataclasses.replace(self, name="", log_every=10, checkpoint=CheckpointPolicy())
+        return config_hash(plain)

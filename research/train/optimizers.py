@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizers and learning-rate schedules, with lengths in tokens, FLOPs or steps.
+
+An optimizer is a frozen description; ``build`` returns an optax transformation whose parameter groups are
+chosen by logical axes, never by names.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from research.core.types import Array, UserError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A length in training tokens (rows times sequence length, padding included)."""
+
+    count: float
+
+
+@dataclass(frozen=True)
+class Flops:
+    """A length in training FLOPs (``research.scaling.cost``)."""
+
+    count: float
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A length in optimizer steps."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of the run, 0 to 1."""
+
+    of: float
+
+
+Length = Tokens | Flops | Steps
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What a step costs, to turn lengths into steps; ``total`` is the run's own number of steps."""
+
+    tokens_per_step: int
+    flops_per_token: float
+    total: int = 0
+
+    def steps(self, length: Length | Share) -> int:
+        """The nearest whole number of steps. Raises UserError for a length that is not positive."""
+        amount = length.of if isinstance(length, Share) else length.count
+        if not (math.isfinite(amount) and amount >= 0):
+            raise UserError(f"A length must be a finite number of at least 0; given {length}.")
+        if isinstance(length, Share):
+            return round(length.of * self.total)
+        if isinstance(length, Steps):
+            return int(length.count)
+        if isinstance(length, Flops):
+            return round(length.count / (self.flops_per_token * self.tokens_per_step))
+        return round(length.count / self.tokens_per_step)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Warm-up from zero, then a shape that ends where the run ends.
+
+    cosine: half a cosine to ``final`` (Loshchilov and Hutter 2017). linear: a line to ``final``.
+    constant: no decay. wsd: constant, then a line to ``final`` over the last ``decay`` of the run (Hu et al. 2024).
+    peak is reached at the end of the warm-up; ``final`` is a fraction of it.
+    """
+
+    shape: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup: Tokens | Flops | Steps | Share = field(default_factory=lambda: Share(0.05))
+    decay: Tokens | Flops | Steps | Share = field(default_factory=lambda: Share(0.2))
+    final: float = 0.1
+
+    def value(self, peak: float, clock: Clock, step: Array) -> Array:
+        """The learning rate of step ``step`` (from 0). The last step, total - 1, is at ``final * peak``."""
+        total = clock.total
+        warmup = min(clock.steps(self.warmup), max(0, total - 1))
+        start = max(warmup, total - clock.steps(self.decay)) if self.shape == "wsd" else warmup
+        t = jnp.asarray(step, jnp.float32)
+        done = jnp.clip((t - start) / max(1, total - 1 - start), 0.0, 1.0)
+        if self.shape == "cosine":
+            shape = self.final + (1 - self.final) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+        elif self.shape == "constant":
+            shape = jnp.ones_like(done)
+        else:
+            shape = 1 - (1 - self.final) * done
+        return peak * shape * jnp.minimum(1.0, (t + 1) / max(1, warmup))
+
+
+class Optimizer(Protocol):
+    """A frozen description of an optimizer."""
+
+    def build(self, shapes: Any, logical_axes: Any, *, clock: Clock) -> optax.GradientTransformation: ...
+
+    def learning_rate(self, clock: Clock, step: Array) -> Array:
+        """The rate applied at ``step``, for the record."""
+        ...
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW (Loshchilov and Hutter 2019) after clipping by global norm (Pascanu et al. 2013).
+
+    Weight decay is applied to matrices: parameters with at least two logical axes besides "layers", so not to
+    norms and biases. As in optax it is multiplied by the learning rate. clip: 0 is no clipping.
+    """
+
+    peak: float = 1e-3
+    schedule: Schedule = field(default_factory=Schedule)
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def learning_rate(self, clock: Clock, step: Array) -> Array:
+        return self.schedule.value(self.peak, clock, step)
+
+    def build(self, shapes: Any, logical_axes: Any, *, clock: Clock) -> optax.GradientTransformation:
+        decayed = decay_mask(logical_axes)
+        parts = [optax.clip_by_global_norm(self.clip)] if self.clip else []
+        parts.append(
+            optax.adamw(
+                lambda count: self.learning_rate(clock, count),
+                b1=self.b1,
+                b2=self.b2,
+                eps=self.eps,
+                weight_decay=self.weight_decay,
+                mask=decayed,
+            )
+        )
+        return optax.chain(*parts)
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """Plain gradient descent, for tests of equality and as the smallest example of an optimizer."""
+
+    peak: float = 0.1
+    schedule: Schedule = field(default_factory=lambda: Schedule(shape="constant", warmup=Steps(0)))
+
+    def learning_rate(self, clock: Clock, step: Array) -> Array:
+        return self.schedule.value(self.peak, clock, step)
+
+    def build(self, shapes: Any, logical_axes: Any, *, clock: Clock) -> optax.GradientTransformation:
+        return optax.sgd(lambda count: self.learning_rate(clock, count))
+
+
+def decay_mask(logical_axes: Any) -> Any:
+    """True for parameters with two or more logical axes besides "layers"."""
+    is_axes = lambda a: isinstance(a, tuple)  # noqa: E731
+    return jax.tree.map(lambda axes: sum(a != "layers" for a in axes) >= 2, logical_axes, is_leaf=is_axes)
