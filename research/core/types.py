@@ -104,7 +104,12 @@ class Context:
 
 
 class Stream(Protocol):
-    """Batches of one run. ``next`` is a function of (policy, seed, step), never of host timing."""
+    """Batches of one run. ``next`` is a function of (policy, seed, step), never of host timing.
+
+    info: what the data are, as JSON for the record (vocab_size, corpus_bytes, corpus_hash, ...).
+    """
+
+    info: Mapping[str, Any]
 
     def next(self, policy: Policy | None, step: int) -> Batch:
         """The global batch of ``step``, as global arrays sharded over the context's mesh."""

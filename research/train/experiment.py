@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The experiment: one frozen value that says everything about a run."""
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from research.core.config import config_hash, to_json
@@ -38,6 +37,15 @@ class CheckpointPolicy:
     every: int = 200
     keep_last: int = 1
     keep_every: int = 0
+
+
+# Fields that change where a run is computed or how it is watched, not what it computes, with their defaults.
+WATCHING: Mapping[str, Any] = {
+    "name": "",
+    "mesh": MeshSpec(),
+    "checkpoint": CheckpointPolicy(),
+    "log_every": 10,
+}
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,13 @@ class Experiment:
 
     @property
     def clock(self) -> Clock:
-        """Turns a length in tokens or FLOPs into steps of this run."""
-        return Clock(tokens_per_step=self.tokens_per_step, flops_per_token=self.flops_per_token)
+        """Turns a length in tokens, FLOPs or shares of the run into steps of this run."""
+        clock = Clock(tokens_per_step=self.tokens_per_step, flops_per_token=self.flops_per_token)
+        return replace(clock, total=max(1, clock.steps(self.length)))
 
     @property
     def steps(self) -> int:
-        return max(1, self.clock.steps(self.length))
+        return self.clock.total
 
     @property
     def tokens(self) -> int:
@@ -110,6 +119,5 @@ class Experiment:
 
     @property
     def hash(self) -> str:
-        """Content hash; the name and what only watches the run (logging, checkpoints) do not count."""
-        plain = dataclasses.replace(self, name="", log_every=10, checkpoint=CheckpointPolicy())
-        return config_hash(plain)
+        """Content hash of all that the results depend on: what is in ``WATCHING`` does not count."""
+        return config_hash(replace(self, **{name: default for name, default in WATCHING.items()}))

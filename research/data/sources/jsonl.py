@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file with one JSON record a line, one of whose fields is the text."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from research.data.cache import files_hash, name_of
+from research.data.sources.base import CorpusError, assign, check_fraction, check_split, unit_hash
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Jsonl:
+    """A document a line. The split is by a hash of the text, so that equal documents fall on the same side.
+
+    Blank lines and empty texts are passed over; any other line that is not an object with the field is an
+    error that names the line.
+    """
+
+    path: str
+    text_field: str = "text"
+    validation_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_fraction(self.validation_fraction)
+
+    def fingerprint(self, cache_dir: Path) -> str:
+        content = files_hash([("data", self._file())], cache_dir=cache_dir)[0]
+        return name_of("jsonl", FORMAT, self.text_field, self.validation_fraction, content)
+
+    def documents(self, split: str, *, cache_dir: Path) -> Iterator[str]:
+        check_split(split)
+        # Two passes: only the hashes of a large file fit in memory, and both splits must be non-empty.
+        hashes = [unit_hash(text) for text in self._texts()]
+        splits = assign(hashes, fraction=self.validation_fraction, what=f"The file {self.path}")
+        return (text for text, chosen in zip(self._texts(), splits, strict=True) if chosen == split)
+
+    def _file(self) -> Path:
+        path = Path(self.path).expanduser()
+        if not path.is_file():
+            raise CorpusError(f"There is no file {self.path!r} (looked at {path.absolute()}): check the path.")
+        return path
+
+    def _texts(self) -> Iterator[str]:
+        with open(self._file(), "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    text = self._text(line, number)
+                    if text:
+                        yield text
+
+    def _text(self, line: bytes, number: int) -> str:
+        where = f"Line {number} of {self.path}"
+        try:
+            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise CorpusError(f"{where} is not UTF-8 ({error.reason}): write the file as UTF-8.") from error
+        except (ValueError, RecursionError) as error:
+            raise CorpusError(f"{where} is not JSON ({error}): mend or remove that line.") from error
+        if not isinstance(record, dict):
+            raise CorpusError(f"{where} is a JSON {type(record).__name__}, not an object: write one object a line.")
+        if self.text_field not in record:
+            fields = ", ".join(sorted(record)) or "none"
+            raise CorpusError(f"{where} has no field {self.text_field!r} (its fields: {fields}): set text_field.")
+        text = record[self.text_field]
+        if not isinstance(text, str):
+            raise CorpusError(
+                f"{where} has a {type(text).__name__} in {self.text_field!r}, not text: set text_field to a text."
+            )
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise CorpusError(f"{where} has half of a surrogate pair in {self.text_field!r}: mend that line.")
+        return text

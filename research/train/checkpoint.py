@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints by Orbax: written in the background, whole or not at all, restored onto any mesh.
+
+A checkpoint holds the parameters, the rest of the training state, the data position and the experiment's own
+JSON. Orbax writes into a temporary folder and renames it when all is there, so that a folder with a plain
+number for a name is a whole checkpoint.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from research.core import config
+from research.core.types import UserError
+from research.train.experiment import WATCHING, CheckpointPolicy
+from research.train.state import TrainState
+
+FOLDER = "checkpoints"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, read or used."""
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps of the whole checkpoints of a run, oldest first. Needs no Orbax."""
+    folder = directory / FOLDER
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.is_dir() else []
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two experiments' JSON, apart from what only says where or how it is watched."""
+    old, new = ({k: v for k, v in record.items() if k not in WATCHING} for record in (saved, now))
+    return config.differences(old, new)
+
+
+def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
+    """Raises CheckpointError naming each setting that is not what the run was begun with."""
+    found = changes(saved, now)
+    if found:
+        raise CheckpointError(
+            f"{directory} was begun with other settings ({'; '.join(found)}): give the run another name, "
+            "put the settings back, or remove the folder."
+        )
+
+
+class Checkpointer:
+    """Saves and restores one run's checkpoints under ``directory/checkpoints``."""
+
+    def __init__(self, directory: Path, policy: CheckpointPolicy) -> None:
+        import orbax.checkpoint as ocp  # here, so that a fresh run's first step does not wait for it
+
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._ocp = ocp
+        self.directory = directory
+        self._folder = directory / FOLDER
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._folder.absolute(),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=policy.keep_last,
+                    keep_period=policy.keep_every or None,
+                    cleanup_tmp_directories=True,
+                    enable_async_checkpointing=True,
+                ),
+            )
+        except OSError as error:
+            raise CheckpointError(f"The checkpoint folder {self._folder} cannot be made ({error}).") from error
+
+    def save(self, step: int, state: TrainState, data: Mapping[str, Any], experiment: Any) -> None:
+        """Starts writing; returns once the state has been copied. A failure of the save before surfaces here."""
+        ocp = self._ocp
+        rest = state._replace(params=None)._asdict()
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    rest=ocp.args.StandardSave({k: v for k, v in rest.items() if jax.tree.leaves(v)}),
+                    data=ocp.args.JsonSave(dict(data)),
+                    experiment=ocp.args.JsonSave(experiment),
+                ),
+            )
+        except Exception as error:
+            raise self._failed("written", step, error) from error
+
+    def restore(
+        self, step: int, shapes: TrainState, layout: TrainState, *, experiment: Any
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The state laid out as asked, and the data position.
+
+        Raises CheckpointError where the checkpoint cannot be read or belongs to other settings.
+        """
+        ocp = self._ocp
+        try:
+            saved = self._manager.restore(step, args=ocp.args.Composite(experiment=ocp.args.JsonRestore()))
+        except Exception as error:
+            raise self._failed("read", step, error) from error
+        check_unchanged(saved["experiment"], experiment, self.directory)
+        targets = jax.tree.map(
+            lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), shapes, layout
+        )
+        rest = targets._replace(params=None)._asdict()
+        try:
+            found = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(targets.params),
+                    rest=ocp.args.StandardRestore({k: v for k, v in rest.items() if jax.tree.leaves(v)}),
+                    data=ocp.args.JsonRestore(),
+                ),
+            )
+        except Exception as error:
+            raise self._failed("read", step, error) from error
+        empty = {k: v for k, v in rest.items() if not jax.tree.leaves(v)}
+        return TrainState(params=found["params"], **{k: v for k, v in {**empty, **found["rest"]}.items() if k != "params"}), found["data"]
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk. Raises CheckpointError where it is not."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed("written", None, error) from error
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _failed(self, verb: str, step: int | None, error: Exception) -> CheckpointError:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        which = self._folder / str(step) if step is not None else self._folder
+        if verb == "read":
+            todo = "remove that folder to go on from an earlier checkpoint or from the start"
+        else:
+            todo = f"earlier ones are whole (steps {steps(self.directory) or 'none'}): free some space and start again"
+        return CheckpointError(f"The checkpoint {which} could not be {verb} ({reason}); {todo}.")
+
+
+def locate(path: str | os.PathLike) -> tuple[Path, int]:
+    """The run folder and step meant by a run's folder (its newest checkpoint) or by a checkpoint's own folder."""
+    given = Path(path)
+    if given.name.isdigit() and given.parent.name == FOLDER and given.is_dir():
+        return given.parent.parent, int(given.name)
+    found = steps(given)
+    if not found:
+        raise CheckpointError(
+            f"{given} holds no checkpoint: give a run's folder (one with a {FOLDER}/ folder in it) or one of "
+            f"its {FOLDER}/STEP folders."
+        )
+    return given, found[-1]
+
+
+def load_experiment(path: str | os.PathLike) -> Any:
+    """The experiment that a checkpoint was made by, rebuilt from its JSON."""
+    import orbax.checkpoint as ocp
+
+    directory, step = locate(path)
+    try:
+        record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(directory.absolute() / FOLDER / str(step) / "experiment")
+    except Exception as error:
+        raise CheckpointError(f"The checkpoint {directory / FOLDER / str(step)} cannot be read ({error}).") from error
+    return config.from_json(record)
+
+
+def load_params(path: str | os.PathLike, shapes: Any, layout: Any) -> Any:
+    """A checkpoint's parameters alone, laid out as asked. Raises CheckpointError naming what does not match."""
+    import orbax.checkpoint as ocp
+
+    directory, step = locate(path)
+    targets = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(directory.absolute() / FOLDER / str(step) / "params", targets)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"The parameters in {directory / FOLDER / str(step)} do not fit the model asked for, or cannot be "
+            f"read ({reason})."
+        ) from error

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a device can do at most, to say what share of it a run uses."""
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+# Peak dense bfloat16 FLOP/s of one device as JAX counts devices (a chip; on v4 and v5p both cores of a chip),
+# by ``device_kind``. TPU: cloud.google.com/tpu/docs/system-architecture-tpu-vm; NVIDIA: the products' data sheets.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+SIZE = 2048
+
+
+def peak_flops(mesh: Mesh, cache_dir: Path) -> float | None:
+    """Peak FLOP/s of the mesh: published for accelerators; for this host's CPU the measured float32 matmul rate."""
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return cpu_matmul_rate(device, cache_dir)
+    one = PEAK_FLOPS.get(device.device_kind)
+    return one * mesh.devices.size if one else None
+
+
+def cpu_matmul_rate(device: jax.Device, cache_dir: Path) -> float:
+    """FLOP/s of ``jnp.dot`` on 2048-cubed float32, measured once on a host and remembered.
+
+    Host devices share the same cores, so that the rate is the host's however many there are.
+    """
+    host = f"{platform.node()}-{platform.machine()}-{os.cpu_count()}-jax{jax.__version__}"
+    path = cache_dir / f"matmul-rate-{host}.json"
+    try:
+        return float(json.loads(path.read_text())["flops_per_second"])
+    except (OSError, ValueError, KeyError):
+        rate = measure_matmul_rate(device)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"flops_per_second": rate}))
+    except OSError:
+        pass  # a cache that cannot be written costs a measurement, not the run
+    return rate
+
+
+def measure_matmul_rate(device: jax.Device, repeats: int = 5) -> float:
+    """The best of several float32 products of 2048 x 2048 matrices, in FLOP/s."""
+    x = jax.device_put(jnp.ones((SIZE, SIZE), jnp.float32), device)
+    dot = jax.jit(jnp.dot)
+    dot(x, x).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        dot(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - begun)
+    return 2 * SIZE**3 / best

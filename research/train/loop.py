@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: ``run(experiment, directory)`` takes an experiment from nothing, or from its last
+checkpoint, to its end."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from research.core import sharding
+from research.core.types import Context, Eval, EvalRun, Stream
+from research.scaling import cost
+from research.train import hardware, metrics, provenance
+from research.train.checkpoint import Checkpointer, check_unchanged
+from research.train.experiment import Experiment
+from research.train.interrupt import Interrupt, Interrupted
+from research.train.monitor import Monitor
+from research.train.progress import Progress, Silent
+from research.train.start import Program, first_state
+from research.train.state import TrainState
+
+RECORD, RESULT = "experiment.json", "result.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, as opposed to what: where caches lie, what to show, whether to trace a few steps."""
+
+    cache_dir: Path
+    progress: Progress = field(default_factory=Silent)
+    profile: bool = False
+
+
+def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, Any]:
+    """Trains to the end and returns the result, which is also written to ``directory/result.json``.
+
+    A finished run is left as it is; one that holds checkpoints is gone on with. Raises UserError for what the
+    user can mend, Diverged for a loss that is not finite, and Interrupted after saving when a signal asked.
+    """
+    experiment.check()
+    record, previous = experiment.record(), read_json(directory / RECORD)
+    if previous is not None:
+        check_unchanged(previous, record, directory)
+    if (result := read_json(directory / RESULT)) is not None:
+        return result
+    mesh = sharding.make_mesh(experiment.mesh)
+    sharding.check_batch(mesh, experiment.source.batch_size, experiment.accumulate)
+    with jax.set_mesh(mesh), Interrupt() as interrupt:
+        context = Context(mesh=mesh, seed=experiment.seed, cache_dir=options.cache_dir)
+        stream = experiment.source.start(context)
+        length, vocabulary = experiment.source.sequence_length, stream.info.get("vocab_size", 0)
+        experiment.model.check(sequence_length=length, vocab_size=vocabulary)
+        program = Program(experiment, mesh)
+        evals = [evaluation.start(context) for evaluation in experiment.evals]
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / RECORD, record)
+        checkpoints = Checkpointer(directory, experiment.checkpoint)
+        try:
+            state = first_state(program, checkpoints, stream)
+            done = int(state.step)
+            provenance.record(directory, mesh, step=done, extra={"data": stream.info})
+            peak = hardware.peak_flops(mesh, options.cache_dir)
+            with Monitor(
+                experiment, directory, step=done, peak=peak, progress=options.progress, profile=options.profile
+            ) as monitor:
+                train(program, state, stream, evals, checkpoints, monitor, interrupt)
+        finally:
+            checkpoints.close()
+    return finish(experiment, directory, stream)
+
+
+def train(
+    program: Program,
+    state: TrainState,
+    stream: Stream,
+    evals: Sequence[EvalRun],
+    checkpoints: Checkpointer,
+    monitor: Monitor,
+    interrupt: Interrupt,
+) -> None:
+    """Steps from where ``state`` stands to the experiment's end."""
+    experiment, total = program.experiment, program.experiment.steps
+    frozen = {name: program.load(init) for name, init in experiment.frozen.items()}
+    for index in range(int(state.step), total):
+        batch = stream.next(program.bind(state), index)
+        with monitor.traced(index):
+            state, measured = program.step(state, frozen, batch)
+            now = index + 1
+            monitor.watch(now, measured)
+        leaving = interrupt.signum is not None and now < total
+        saving = leaving or is_due(experiment.checkpoint.every, now, total)
+        due = [run for run, spec in zip(evals, experiment.evals, strict=True) if is_due(spec.every, now, total)]
+        if due or saving:
+            monitor.flush()  # raises if the step just done is bad: it is neither evaluated nor saved
+        for evaluate in due:
+            monitor.evaluated(now, evaluate(program.bind(state), now))
+        if saving:
+            checkpoints.save(now, state, stream.get_state(), experiment.record())
+            monitor.resume_clock()
+        if leaving:
+            checkpoints.wait()
+            raise Interrupted(experiment.name, step=now, signum=interrupt.signum or 0)
+    checkpoints.wait()
+
+
+def is_due(every: int, now: int, total: int) -> bool:
+    """At multiples of ``every`` and at the end; 0 is at the end only."""
+    return now == total or (every > 0 and now % every == 0)
+
+
+def finish(experiment: Experiment, directory: Path, stream: Stream) -> dict[str, Any]:
+    """Gathers what the last step's lines of metrics say into the run's result, and writes it."""
+    last: dict[str, Any] = {}
+    for line in metrics.read(directory):
+        if line["step"] == experiment.steps:
+            last |= line
+    params = cost.params(experiment.model)
+    result = {
+        "name": experiment.name,
+        "hash": experiment.hash,
+        "status": "finished",
+        "params": params.total,
+        "non_embedding_params": params.non_embedding,
+        "tokens": experiment.tokens,
+        "flops": experiment.flops,
+        "loss": last.get("validation/loss", last.get("loss")),
+        "bits_per_byte": last.get("validation/bits_per_byte", last.get("bits_per_byte")),
+        "seconds": last.get("seconds"),
+        "metrics": {name: value for name, value in last.items() if not isinstance(value, list)},
+        "data": stream.info,
+    }
+    write_json(directory / RESULT, result)
+    return result
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics on disk: ``metrics.jsonl`` is the truth, TensorBoard files are written from it.
+
+A run that goes on from step s drops every line past s first, so that the file reads as if the run had never
+stopped; TensorBoard's files are then made anew from the lines that stay.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+# Fields that depend on the clock: everything else repeats bit for bit when a run is resumed.
+CLOCK_FIELDS = ("seconds", "step_seconds", "tokens_per_second", "peak_share")
+FILE = "metrics.jsonl"
+
+
+def read(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run, oldest first. A last line cut short by a crash is left out."""
+    path = directory / FILE
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class MetricsWriter:
+    """Appends one JSON object a line; arrays become lists, numbers that are not finite become text."""
+
+    def __init__(self, directory: Path, *, step: int) -> None:
+        """Opens a run's files to go on after ``step``: later lines, and TensorBoard's record of them, go."""
+        self.directory = directory
+        kept = [line for line in read(directory) if line["step"] <= step]
+        self.seconds = kept[-1].get("seconds", 0.0) if kept else 0.0
+        temporary = directory / (FILE + ".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, directory / FILE)
+        self._file = (directory / FILE).open("a")
+        self._board: Any = None
+        self._pending = kept
+        shutil.rmtree(directory / "tensorboard", ignore_errors=True)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        line = {"step": step, **{name: plain(value) for name, value in values.items()}}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self._pending.append(line)
+        self._to_board()
+
+    def _to_board(self) -> None:
+        from tensorboardX import SummaryWriter  # here, so that the first step does not wait for it
+
+        if self._board is None:
+            self._board = SummaryWriter(str(self.directory / "tensorboard"))
+        for line in self._pending:
+            for name, value in scalars(line):
+                self._board.add_scalar(name, value, line["step"])
+        self._pending = []
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def plain(value: Any) -> Any:
+    """A JSON value for a number or an array."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def scalars(line: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
+    """Name and value of every number in a line; a list gives one name per layer."""
+    for name, value in line.items():
+        if name == "step":
+            continue
+        for suffix, number in enumerate(value) if isinstance(value, list) else [("", value)]:
+            if isinstance(number, int | float):
+                yield (f"{name}/{suffix}" if suffix != "" else name), float(number)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Watches a run: reads each step's metrics once the next step is under way, times it, writes, shows, and stops
+a run whose numbers are no longer numbers."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from research.core.types import Metrics, UserError
+from research.train import checkpoint
+from research.train.experiment import Experiment
+from research.train.metrics import MetricsWriter
+from research.train.progress import Progress
+
+PROFILED = (3, 6)  # steps after the start between which ``--profile`` traces
+
+
+class Diverged(UserError):
+    """A loss or gradient that is no longer a finite number."""
+
+
+class Monitor:
+    """One attempt at a run, from ``step`` on. peak: FLOP/s of the mesh at best, or None where unknown."""
+
+    def __init__(
+        self, experiment: Experiment, directory: Path, *, step: int, peak: float | None, progress: Progress, profile: bool
+    ) -> None:
+        self.experiment, self.directory, self.peak, self.progress = experiment, directory, peak, progress
+        self.writer = MetricsWriter(directory, step=step)
+        self._waiting: tuple[int, Metrics] | None = None
+        self._seconds = self.writer.seconds
+        self._profiled = range(step + PROFILED[0], step + PROFILED[1]) if profile else range(0)
+        progress.start(experiment.name, total=experiment.steps, step=step)
+        self._clock = time.perf_counter()
+
+    def watch(self, step: int, measured: Metrics) -> None:
+        """Takes the metrics of a step just dispatched, and reads those of the one before while it runs."""
+        before, self._waiting = self._waiting, (step, measured)
+        if before is not None:
+            self._read(*before)
+
+    def flush(self) -> None:
+        """Reads what is waiting: after it every step so far is known to be good."""
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            self._read(*waiting)
+
+    def _read(self, step: int, measured: Metrics) -> None:
+        values = jax.device_get(measured)  # blocks until the step is done, so that its time is true
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        self._seconds += seconds
+        experiment = self.experiment
+        rate = experiment.tokens_per_step / seconds
+        clock = {
+            "seconds": self._seconds,
+            "step_seconds": seconds,
+            "tokens_per_second": rate,
+            "peak_share": rate * experiment.flops_per_token / self.peak if self.peak else None,
+        }
+        tokens = step * experiment.tokens_per_step
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(float(values[name]))]
+        if bad or step == 1 or step % experiment.log_every == 0 or step == experiment.steps:
+            line = {"tokens": tokens, "flops": tokens * experiment.flops_per_token, **values, **clock}
+            self.writer.write(step, line)
+        self.progress.update(step, {**values, **clock})
+        if bad:
+            raise self._diverged(step, bad[0], values)
+
+    def _diverged(self, step: int, name: str, values: Metrics) -> Diverged:
+        saved = checkpoint.steps(self.directory)
+        last = f"the last good checkpoint is {self.directory / checkpoint.FOLDER / str(saved[-1])}"
+        return Diverged(
+            f"The {name.replace('grad_norm', 'gradient norm')} of {self.experiment.name} became "
+            f"{float(values[name])} at step {step}, at a learning rate of {float(values['learning_rate']):.3g}; "
+            f"{last if saved else 'there is no checkpoint before it'}: lower the learning rate or lengthen the warm-up."
+        )
+
+    def evaluated(self, step: int, found: Metrics) -> None:
+        """Writes an evaluation's results. Its time is not counted as the next step's."""
+        self.writer.write(step, jax.device_get(found))
+        self.resume_clock()
+
+    def resume_clock(self) -> None:
+        now = time.perf_counter()
+        self._seconds += now - self._clock
+        self._clock = now
+
+    @contextlib.contextmanager
+    def traced(self, step: int) -> Iterator[None]:
+        """Traces the steps that ``--profile`` asks for into the run's ``profile`` folder."""
+        if self._profiled and step == self._profiled.start:
+            self.flush()
+            jax.profiler.start_trace(str(self.directory / "profile"))
+        yield
+        if self._profiled and step == self._profiled.stop - 1:
+            self.flush()
+            jax.profiler.stop_trace()
+            self.progress.note(f"profile of steps {list(self._profiled)}: {self.directory / 'profile'}")
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self.progress.stop()
+        self.writer.close()

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person watching a run sees: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress(Protocol):
+    def start(self, name: str, *, total: int, step: int) -> None: ...
+
+    def update(self, step: int, values: Mapping[str, Any]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def start(self, name: str, *, total: int, step: int) -> None: ...
+
+    def update(self, step: int, values: Mapping[str, Any]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    parts = [f"loss {float(values['loss']):.4f}"]
+    if "tokens_per_second" in values:
+        parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+    if values.get("peak_share") is not None:
+        parts.append(f"{values['peak_share']:.0%} of peak")
+    return ", ".join(parts)
+
+
+class Lines:
+    """A plain line for the first step, every few seconds, and the last step: for logs and pipes."""
+
+    def __init__(self) -> None:
+        self._name, self._total, self._last, self._begun = "", 0, 0.0, (0, 0.0)
+
+    def start(self, name: str, *, total: int, step: int) -> None:
+        self._name, self._total, self._last = name, total, 0.0
+        self._begun = (step, time.monotonic())
+
+    def update(self, step: int, values: Mapping[str, Any]) -> None:
+        now = time.monotonic()
+        if step == self._total or now - self._last > SECONDS_BETWEEN_LINES:
+            self._last = now
+            done, left = step - self._begun[0], self._total - step
+            remaining = (now - self._begun[1]) / max(1, done) * left
+            self.note(f"{self._name}: step {step}/{self._total}, {describe(values)}, {remaining:.0f} s left")
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def stop(self) -> None: ...
+
+
+class Bar:
+    """A progress bar with loss, tokens/s, share of peak FLOP/s and time left."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+
+    def start(self, name: str, *, total: int, step: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[info]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = RichProgress(*columns, console=Console(stderr=True), refresh_per_second=4)
+        self._task = self._bar.add_task(name, total=total, completed=step, info="compiling")
+        self._bar.start()
+
+    def update(self, step: int, values: Mapping[str, Any]) -> None:
+        self._bar.update(self._task, completed=step, info=describe(values))
+
+    def note(self, text: str) -> None:
+        if self._bar is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self._bar.console.print(text)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def choose() -> Progress:
+    return Bar() if sys.stderr.isatty() else Lines()

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is made once before the first step: the compiled program's pieces, the first state, the frozen models."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from research.core import sharding
+from research.core.types import Stream
+from research.models.bound import Bound
+from research.train import checkpoint, state, step
+from research.train.experiment import Experiment, Init
+from research.train.state import TrainState
+
+
+class Program:
+    """An experiment on a mesh: the state's shapes and layout, and the jitted step that donates it."""
+
+    def __init__(self, experiment: Experiment, mesh: Mesh) -> None:
+        self.experiment, self.mesh = experiment, mesh
+        self.platform = mesh.devices.flat[0].platform
+        self.tx = state.transformation(experiment)
+        self.shapes, self.layout = state.shapes_and_shardings(experiment, self.tx, mesh)
+        self.step = jax.jit(
+            step.make_step(experiment, self.tx, platform=self.platform),
+            donate_argnums=0,
+            out_shardings=(self.layout, None),
+        )
+
+    def bind(self, current: TrainState) -> Bound:
+        """The policy as it stands."""
+        model, precision = self.experiment.model, self.experiment.precision
+        return model.bind(current.params, current.buffers, precision, platform=self.platform)
+
+    def fresh(self) -> TrainState:
+        """The state of the experiment's seed, made where it will lie."""
+        return jax.jit(functools.partial(state.fresh, self.experiment, self.tx), out_shardings=self.layout)()
+
+    def load(self, init: Init) -> Bound:
+        """A frozen model with its parameters from a checkpoint."""
+        model, precision = init.model or self.experiment.model, self.experiment.precision
+        shapes = model.shapes(precision)
+        layout = sharding.tree_shardings(self.mesh, shapes, model.logical_axes())
+        params = checkpoint.load_params(init.checkpoint, shapes, layout)
+        return model.bind(params, model.init_buffers(), precision, platform=self.platform)
+
+
+def first_state(program: Program, checkpoints: checkpoint.Checkpointer, stream: Stream) -> TrainState:
+    """The state to go on from: the run's last checkpoint, else what ``experiment.init`` names, else fresh."""
+    experiment, saved = program.experiment, checkpoint.steps(checkpoints.directory)
+    if saved:
+        return _restore(program, checkpoints, saved[-1], stream, experiment.record())
+    init = experiment.init
+    if init is None:
+        return program.fresh()
+    if init.parts == "weights":
+        return program.fresh()._replace(params=program.load(init).params)
+    directory, last = checkpoint.locate(Path(init.checkpoint))
+    other = checkpoint.Checkpointer(directory, experiment.checkpoint)
+    try:
+        return _restore(program, other, last, stream, None)
+    finally:
+        other.close()
+
+
+def _restore(
+    program: Program, checkpoints: checkpoint.Checkpointer, step: int, stream: Stream, record: Any
+) -> TrainState:
+    restored, position = checkpoints.restore(step, program.shapes, program.layout, experiment=record)
+    stream.set_state(position)
+    return restored

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training state: one pytree, laid out over the mesh by logical axes."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from research.core import sharding
+from research.core.types import Array, Params
+from research.train.experiment import Experiment
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes.
+
+    step: optimizer steps done, int32. buffers: state that changes without a gradient (router biases).
+    ema: a moving average of the parameters, or None. key: the run's key data (uint32); the key of step n is
+    ``fold_in(key, n)``.
+    """
+
+    step: Array
+    params: Params
+    buffers: Params
+    opt_state: Any
+    ema: Params | None
+    key: Array
+
+
+def transformation(experiment: Experiment) -> optax.GradientTransformation:
+    """The experiment's optimizer, its schedule ending where the run ends."""
+    model = experiment.model
+    shapes = model.shapes(experiment.precision)
+    return experiment.optimizer.build(shapes, model.logical_axes(), clock=experiment.clock)
+
+
+def fresh(experiment: Experiment, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; a pure function of the experiment's seed, on any mesh."""
+    init_key, train_key = jax.random.split(jax.random.key(experiment.seed))
+    params = experiment.model.init_params(init_key, experiment.precision)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        buffers=experiment.model.init_buffers(),
+        opt_state=tx.init(params),
+        ema=jax.tree.map(jnp.copy, params) if experiment.ema else None,
+        key=jax.random.key_data(train_key),
+    )
+
+
+def shapes_and_shardings(
+    experiment: Experiment, tx: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """The state's shapes and where each of its arrays lies on the mesh."""
+    shapes = jax.eval_shape(lambda: fresh(experiment, tx))
+    params = sharding.tree_shardings(mesh, shapes.params, experiment.model.logical_axes())
+    everywhere = sharding.replicated(mesh)
+    layout = TrainState(
+        step=everywhere,
+        params=params,
+        buffers=jax.tree.map(lambda _: everywhere, shapes.buffers),
+        opt_state=optax.tree_utils.tree_map_params(
+            tx, lambda _, where: where, shapes.opt_state, params, transform_non_params=lambda _: everywhere
+        ),
+        ema=params if experiment.ema else None,
+        key=everywhere,
+    )
+    return shapes, layout
+

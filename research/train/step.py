@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One optimizer step as one jitted function: microbatches, global denominators, update, norms."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from research.core.sharding import constrain
+from research.core.types import Array, Batch, Loss, Metrics, Params, WeightedSum
+from research.models.bound import Bound
+from research.train.experiment import Experiment
+from research.train.state import TrainState
+
+Step = Callable[[TrainState, Mapping[str, Bound], Batch], tuple[TrainState, Metrics]]
+
+
+def make_step(experiment: Experiment, tx: optax.GradientTransformation, *, platform: str) -> Step:
+    """step(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
+
+    Each loss term is divided by its weight summed over the whole global batch, so that microbatches and shards
+    add up to exactly the gradient of the whole.
+    """
+    model, objective, microbatches = experiment.model, experiment.objective, experiment.accumulate
+    clock = experiment.clock
+
+    def loss(params: Params, buffers: Params, frozen: Mapping[str, Bound], batch: Batch, key: Array) -> Loss:
+        policy = model.bind(params, buffers, experiment.precision, platform=platform)
+        return objective(policy, frozen, batch, key)
+
+    def gradient(
+        state: TrainState, frozen: Mapping[str, Bound], batch: Batch, key: Array, weights: Mapping[str, Array] | None
+    ) -> tuple[Params, Loss]:
+        def scalar(params: Params) -> tuple[Array, Loss]:
+            result = loss(params, state.buffers, frozen, batch, key)
+            total = jnp.zeros((), jnp.float32)
+            for name, term in result.terms.items():
+                weight = term.value.weight if weights is None else weights[name]
+                total += term.coefficient * WeightedSum(term.value.sum, jax.lax.stop_gradient(weight)).mean
+            return total, result
+
+        return jax.grad(scalar, has_aux=True)(state.params)
+
+    def accumulated(
+        state: TrainState, frozen: Mapping[str, Bound], batch: Batch, key: Array
+    ) -> tuple[Params, Loss]:
+        parts = jax.tree.map(lambda x: microbatch(x, microbatches), batch)
+        keys = jax.random.split(key, microbatches)
+
+        def weigh(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
+            # only the weights are used, and they depend on the batch alone: the compiler drops the model
+            terms = loss(state.params, state.buffers, frozen, *part).terms
+            return jax.tree.map(jnp.add, total, {name: t.value.weight for name, t in terms.items()}), None
+
+        def add(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(state, frozen, *part, weights)), None
+
+        first = jax.tree.map(lambda x: x[0], (parts, keys))
+        shapes = jax.eval_shape(lambda: gradient(state, frozen, *first, None))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        no_weight = {name: jnp.zeros((), jnp.float32) for name in shapes[1].terms}
+        weights, _ = jax.lax.scan(weigh, no_weight, (parts, keys))
+        (gradients, result), _ = jax.lax.scan(add, zeros, (parts, keys))
+        terms = {
+            name: term._replace(coefficient=term.coefficient / microbatches) for name, term in result.terms.items()
+        }
+        return gradients, result._replace(terms=terms)
+
+    def step(state: TrainState, frozen: Mapping[str, Bound], batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        if microbatches == 1:
+            gradients, result = gradient(state, frozen, batch, key, None)
+        else:
+            gradients, result = accumulated(state, frozen, batch, key)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = jax.tree.map(lambda old, new: experiment.ema * old + (1 - experiment.ema) * new, ema, params)
+        metrics = summarise(result)
+        metrics["learning_rate"] = experiment.optimizer.learning_rate(clock, state.step)
+        metrics |= norms("grad_norm", gradients) | norms("param_norm", params)
+        new = TrainState(
+            step=state.step + 1,
+            params=params,
+            buffers=model.update(state.buffers, result.stats),
+            opt_state=opt_state,
+            ema=ema,
+            key=state.key,
+        )
+        return new, metrics
+
+    return step
+
+
+def microbatch(x: Array, parts: int) -> Array:
+    """[B, ...] -> [parts, B / parts, ...], each part spread over all shards of the batch."""
+    split = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+    return constrain(split, None, "batch", *[None] * (x.ndim - 1))
+
+
+def summarise(loss: Loss) -> Metrics:
+    """The loss, its terms and its metrics as means over the global batch."""
+    terms = {name: term.coefficient * term.value.mean for name, term in loss.terms.items()}
+    total = sum(terms.values(), start=jnp.zeros((), jnp.float32))
+    named = {f"loss/{name}": value for name, value in terms.items()} if len(terms) > 1 else {}
+    return {"loss": total, **named, **{name: value.mean for name, value in loss.metrics.items()}}
+
+
+def norms(name: str, tree: Params) -> Metrics:
+    """The global norm, and that of each top-level part; the stack gives one number per layer [L]."""
+
+    def squares(leaf: Array, keep: int) -> Array:
+        return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=tuple(range(keep, leaf.ndim)))
+
+    parts = {
+        part: sum(squares(leaf, 1 if part == "layers" else 0) for leaf in jax.tree.leaves(subtree))
+        for part, subtree in tree.items()
+    }
+    total = jnp.sqrt(sum(jnp.sum(part) for part in parts.values()))
+    return {name: total, **{f"{name}/{part}": jnp.sqrt(value) for part, value in parts.items()}}
