@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that are either whole or absent: what every cached corpus, tokenizer and token file is written through."""
+"""Folders that are either whole or absent: how cached corpora, tokenizers and token files are written."""
 
 import contextlib
 import errno
@@ -37,7 +37,7 @@ def cached_folder(folder: Path, *, build: Callable[[Path], None], load: Callable
 
     build: fills an empty folder; it is handed a temporary one that gets its name only when it is complete,
         so that a killed process or a full disk leaves nothing that is later taken for whole.
-    load: reads the folder and raises ValueError, KeyError or OSError where the content is not what was written.
+    load: reads the folder and raises ValueError, KeyError or OSError where it is not what was written.
     """
     if folder.exists():
         try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares, minimize, nnls
+from scipy.optimize import minimize, nnls
 
 from research.core.types import UserError
 from research.scaling.laws import Chinchilla
@@ -163,7 +163,7 @@ def bootstrap(points: Points, *, fit: Fit, resamples: int = 100, seed: int = 0) 
                 return {}
             continue
         problem = _Problem(drawn, fit.delta)
-        laws.append(problem.law(problem.solve(problem.theta(fit.law), tight=False)[0]))
+        laws.append(problem.law(problem.solve(problem.theta(fit.law), iterations=60)[0]))
     return {
         name: Interval(*(float(v) for v in np.percentile([getattr(law, name) for law in laws], [2.5, 97.5])))
         for name in ("E", "A", "B", "alpha", "beta")
@@ -206,7 +206,7 @@ class _Problem:
         return self.clip(np.array([a, b, math.log(max(law.E, 1e-300)), law.alpha, law.beta]))
 
     def clip(self, theta: np.ndarray) -> np.ndarray:
-        return np.clip(theta, self.low + 1e-9, self.high - 1e-9)
+        return np.clip(theta, self.low, self.high)
 
     # --- residuals and objective
 
@@ -220,10 +220,14 @@ class _Problem:
         return top + np.log(np.exp(parts - top).sum(axis=0)) - self.log_loss
 
     def jacobian(self, theta: np.ndarray) -> np.ndarray:
+        share = self.shares(theta)
+        return np.stack([share[0], share[1], share[2], -share[0] * self.n, -share[1] * self.d], axis=1)
+
+    def shares(self, theta: np.ndarray) -> np.ndarray:
+        """Each term's share of the predicted loss, [3, points]."""
         parts = self.parts(theta)
         share = np.exp(parts - parts.max(axis=0))
-        share /= share.sum(axis=0)
-        return np.stack([share[0], share[1], share[2], -share[0] * self.n, -share[1] * self.d], axis=1)
+        return share / share.sum(axis=0)
 
     def objective(self, theta: np.ndarray) -> float:
         size = np.abs(self.residuals(theta))
@@ -241,33 +245,53 @@ class _Problem:
 
     # --- search
 
-    def solve(self, start: np.ndarray, *, tight: bool = True) -> tuple[np.ndarray, int]:
-        """A minimum near ``start`` and the evaluations it took: quasi-Newton, then Gauss-Newton to the end."""
-        scale = self.delta * len(self.log_loss)
+    def solve(self, start: np.ndarray, *, iterations: int = 400) -> tuple[np.ndarray, int]:
+        """A minimum near ``start`` and the evaluations it took: damped Newton steps inside the bounds.
 
-        def value(theta: np.ndarray) -> tuple[float, np.ndarray]:
-            return self.objective(theta) / scale, self.gradient(theta) / scale
+        The damping adds a multiple of the reweighted Gauss-Newton matrix, which lies above the Huber loss's
+        curvature: a large multiple gives a short step of reweighted least squares, none gives Newton's.
+        """
+        theta, damping, evaluations = self.clip(start), 1.0, 0
+        value = self.objective(theta)
+        for _ in range(iterations):
+            gradient, newton, reweighted = self.derivatives(theta)
+            free = ~(((theta <= self.low) & (gradient > 0)) | ((theta >= self.high) & (gradient < 0)))
+            if not free.any() or np.max(np.abs(gradient[free])) < 1e-13 * self.delta * len(self.log_loss):
+                break
+            accepted = False
+            while not accepted and damping < 1e12:
+                matrix = (newton + damping * reweighted)[np.ix_(free, free)]
+                evaluations += 1
+                if np.linalg.eigvalsh(matrix)[0] > 0:
+                    trial = theta.copy()
+                    trial[free] -= np.linalg.solve(matrix, gradient[free])
+                    trial = np.clip(trial, self.low, self.high)
+                    trial_value = self.objective(trial)
+                    accepted = trial_value < value
+                damping = damping / 6 if accepted else max(damping, 1e-10) * 4
+            if not accepted:
+                break
+            theta, value = trial, trial_value
+        return theta, evaluations
 
-        bounds = list(zip(self.low, self.high, strict=True))
-        limits = {"maxiter": 5000, "maxfun": 10000, "ftol": 1e-16 if tight else 1e-10, "gtol": 1e-10, "maxcor": 30}
-        first = minimize(value, self.clip(start), jac=True, method="L-BFGS-B", bounds=bounds, options=limits)
-        if not tight:
-            return first.x, int(first.nfev)
-        second = least_squares(
-            self.residuals,
-            self.clip(first.x),
-            jac=self.jacobian,
-            bounds=(self.low, self.high),
-            loss="huber",
-            f_scale=self.delta,
-            xtol=1e-15,
-            ftol=1e-15,
-            gtol=1e-15,
-            max_nfev=300,
-        )
-        third = minimize(value, second.x, jac=True, method="L-BFGS-B", bounds=bounds, options=limits)
-        best = min((first.x, second.x, third.x), key=self.objective)
-        return best, int(first.nfev + second.nfev + third.nfev)
+    def derivatives(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Gradient, Hessian and reweighted Gauss-Newton matrix of the objective."""
+        residuals, jacobian, shares = self.residuals(theta), self.jacobian(theta), self.shares(theta)
+        clipped = np.clip(residuals, -self.delta, self.delta)
+        weight = np.minimum(1.0, self.delta / np.maximum(np.abs(residuals), 1e-300))
+        gauss_newton = jacobian.T @ (jacobian * (np.abs(residuals) <= self.delta)[:, None])
+        zero, one = np.zeros_like(self.n), np.ones_like(self.n)
+        curvature = -jacobian.T @ (jacobian * clipped[:, None])
+        for share, row in zip(
+            shares,
+            ((one, zero, zero, -self.n, zero), (zero, one, zero, zero, -self.d), (zero, zero, one, zero, zero)),
+            strict=True,
+        ):
+            direction = np.stack(row, axis=1)
+            curvature += direction.T @ (direction * (clipped * share)[:, None])
+        reweighted = jacobian.T @ (jacobian * weight[:, None])
+        reweighted += 1e-12 * max(np.trace(reweighted), 1e-300) * np.eye(5)
+        return jacobian.T @ clipped, gauss_newton + curvature, reweighted
 
     def starts(self, count: int) -> list[np.ndarray]:
         """Variable projection's best, then the best of the exponents around it, apart from one another."""

@@ -52,28 +52,32 @@ class Checkpointer:
     """Saves and restores one run's checkpoints under ``directory/checkpoints``."""
 
     def __init__(self, directory: Path, policy: CheckpointPolicy) -> None:
-        import orbax.checkpoint as ocp  # here, so that a fresh run's first step does not wait for it
-
-        logging.getLogger("absl").setLevel(logging.ERROR)
-        self._ocp = ocp
-        self.directory = directory
+        self.directory, self.policy = directory, policy
         self._folder = directory / FOLDER
-        try:
-            self._manager = ocp.CheckpointManager(
+        self._opened: Any = None
+
+    @property
+    def _manager(self) -> Any:
+        """Orbax's manager, made when first needed: a fresh run's first step does not wait for it."""
+        if self._opened is None:
+            import orbax.checkpoint as ocp
+
+            logging.getLogger("absl").setLevel(logging.ERROR)
+            self._opened = ocp.CheckpointManager(
                 self._folder.absolute(),
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=policy.keep_last,
-                    keep_period=policy.keep_every or None,
+                    max_to_keep=self.policy.keep_last,
+                    keep_period=self.policy.keep_every or None,
                     cleanup_tmp_directories=True,
                     enable_async_checkpointing=True,
                 ),
             )
-        except OSError as error:
-            raise CheckpointError(f"The checkpoint folder {self._folder} cannot be made ({error}).") from error
+        return self._opened
 
     def save(self, step: int, state: TrainState, data: Mapping[str, Any], experiment: Any) -> None:
         """Starts writing; returns once the state has been copied. A failure of the save before surfaces here."""
-        ocp = self._ocp
+        import orbax.checkpoint as ocp
+
         rest = state._replace(params=None)._asdict()
         try:
             self._manager.save(
@@ -91,16 +95,18 @@ class Checkpointer:
     def restore(
         self, step: int, shapes: TrainState, layout: TrainState, *, experiment: Any
     ) -> tuple[TrainState, dict[str, Any]]:
-        """The state laid out as asked, and the data position.
+        """The state laid out as asked, and the data position. ``experiment``: the JSON it must belong to, if any.
 
         Raises CheckpointError where the checkpoint cannot be read or belongs to other settings.
         """
-        ocp = self._ocp
-        try:
-            saved = self._manager.restore(step, args=ocp.args.Composite(experiment=ocp.args.JsonRestore()))
-        except Exception as error:
-            raise self._failed("read", step, error) from error
-        check_unchanged(saved["experiment"], experiment, self.directory)
+        import orbax.checkpoint as ocp
+
+        if experiment is not None:
+            try:
+                saved = self._manager.restore(step, args=ocp.args.Composite(experiment=ocp.args.JsonRestore()))
+            except Exception as error:
+                raise self._failed("read", step, error) from error
+            check_unchanged(saved["experiment"], experiment, self.directory)
         targets = jax.tree.map(
             lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), shapes, layout
         )
@@ -116,18 +122,20 @@ class Checkpointer:
             )
         except Exception as error:
             raise self._failed("read", step, error) from error
-        empty = {k: v for k, v in rest.items() if not jax.tree.leaves(v)}
-        return TrainState(params=found["params"], **{k: v for k, v in {**empty, **found["rest"]}.items() if k != "params"}), found["data"]
+        return TrainState(**{**rest, **found["rest"], "params": found["params"]}), found["data"]
 
     def wait(self) -> None:
         """Waits until what was saved is on disk. Raises CheckpointError where it is not."""
+        if self._opened is None:
+            return
         try:
-            self._manager.wait_until_finished()
+            self._opened.wait_until_finished()
         except Exception as error:
             raise self._failed("written", None, error) from error
 
     def close(self) -> None:
-        self._manager.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def _failed(self, verb: str, step: int | None, error: Exception) -> CheckpointError:
         reason = " ".join(str(error).split())[:300] or type(error).__name__

@@ -54,8 +54,8 @@ def assign(hashes: Sequence[float], *, fraction: float, what: str) -> list[str]:
     """
     if len(hashes) < 2:
         raise CorpusError(
-            f"{what} holds {len(hashes)} document{'s' * (len(hashes) != 1)}, and a train and a validation split "
-            "need at least two: add text."
+            f"{what} holds {len(hashes)} document{'s' * (len(hashes) != 1)}, and a train and a validation "
+            "split need at least two: add text."
         )
     splits = ["validation" if value < fraction else "train" for value in hashes]
     if "validation" not in splits:

@@ -29,7 +29,7 @@ class Mixture:
             )
         if not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
             raise CorpusError(
-                f"The weights of a mixture must be positive; given {list(self.weights)}: leave out a corpus instead."
+                f"The weights of a mixture must be positive; given {list(self.weights)}: drop a corpus."
             )
         object.__setattr__(self, "sources", tuple(self.sources))
         object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
@@ -38,7 +38,7 @@ class Mixture:
         return name_of("mixture", [(part.fingerprint(cache_dir), weight) for part, weight in parts(self)])
 
     def documents(self, split: str, *, cache_dir: Path) -> Iterator[str]:
-        """All documents of all corpora, one corpus after the other: the weights are for rows, not documents."""
+        """All documents, one corpus after the other: the weights are for rows, not documents."""
         check_split(split)
         for source in self.sources:
             yield from source.documents(split, cache_dir=cache_dir)

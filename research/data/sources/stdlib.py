@@ -21,10 +21,9 @@ from research.data.sources.base import CorpusError, assign, check_fraction, chec
 
 # Bump when the same files would give other documents.
 FORMAT = 1
-SKIPPED_FOLDERS = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-)
+SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 DATASET = "python_standard_library"
+SEAL = "content_hash"
 
 
 class Inventory(NamedTuple):
@@ -70,7 +69,9 @@ class Stdlib:
         tfds.disable_progress_bar()
         files = _files()
         splits = assign(
-            [unit_hash(name) for name, _ in files], fraction=self.validation_fraction, what="The standard library"
+            [unit_hash(name) for name, _ in files],
+            fraction=self.validation_fraction,
+            what="The standard library",
         )
         builder = _builder_class()(data_dir=str(folder), file_format="array_record")
         builder.plan = {
@@ -79,6 +80,7 @@ class Stdlib:
         }
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces every data set it makes
             builder.download_and_prepare()
+        (folder / SEAL).write_text(_seal(folder))
 
 
 def _files() -> list[tuple[str, Path]]:
@@ -93,7 +95,7 @@ def _files() -> list[tuple[str, Path]]:
                 found.append((path.relative_to(root).as_posix(), path))
     if not found:
         raise CorpusError(
-            f"The standard library at {root} has no .py files (this Python is packed): use TextFolder or Jsonl."
+            f"The standard library at {root} has no .py files (a packed Python): use TextFolder or Jsonl."
         )
     return sorted(found)
 
@@ -110,15 +112,21 @@ def decode(raw: bytes) -> str:
 def _open(folder: Path) -> dict[str, Any]:
     import tensorflow_datasets as tfds
 
-    # An unfinished TFDS folder has no version folder, a shortened shard does not open: both raise here.
+    if (folder / SEAL).read_text() != _seal(folder):
+        raise ValueError("its files are not those that were written")
     versions = [path for path in folder.glob(f"{DATASET}/*") if (path / "dataset_info.json").is_file()]
     if len(versions) != 1:
         raise ValueError("it holds no data set")
-    try:
-        builder = tfds.builder_from_directory(str(versions[0]))
-        return {split: builder.as_data_source(split=split) for split in ("train", "validation")}
-    except Exception as error:  # TFDS and ArrayRecord raise their own kinds for damaged files
-        raise ValueError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    builder = tfds.builder_from_directory(str(versions[0]))
+    return {split: builder.as_data_source(split=split) for split in ("train", "validation")}
+
+
+def _seal(folder: Path) -> str:
+    """The content hash of a prepared folder, by which a damaged one is told from a whole one."""
+    files = [
+        (p.relative_to(folder).as_posix(), p) for p in folder.rglob("*") if p.is_file() and p.name != SEAL
+    ]
+    return files_hash(files)[0]
 
 
 @functools.cache
@@ -130,9 +138,15 @@ def _builder_class() -> type:
         name = DATASET
         VERSION = tfds.core.Version(f"{FORMAT}.0.0")
         plan: dict[str, list[tuple[str, Path]]] = {}
+        # TFDS looks for download checksums beside the builder's code, through a package (importlib_resources)
+        # that it does not itself require; nothing is downloaded here.
+        code_path = None
+        url_infos: dict[str, Any] = {}
 
         def _info(self):
-            features = tfds.features.FeaturesDict({"path": tfds.features.Text(), "text": tfds.features.Text()})
+            features = tfds.features.FeaturesDict(
+                {"path": tfds.features.Text(), "text": tfds.features.Text()}
+            )
             return tfds.core.DatasetInfo(
                 builder=self, features=features, description="The Python standard library's source."
             )

@@ -47,7 +47,9 @@ class TextFolder:
         if len(files) < FEW_FILES:
             return self._sections(files, split)
         splits = assign(
-            [unit_hash(name) for name, _ in files], fraction=self.validation_fraction, what=f"The folder {self.path}"
+            [unit_hash(name) for name, _ in files],
+            fraction=self.validation_fraction,
+            what=f"The folder {self.path}",
         )
         return (self._read(path) for (_, path), chosen in zip(files, splits, strict=True) if chosen == split)
 
@@ -70,7 +72,9 @@ class TextFolder:
         if root.is_file():
             found = [(root.name, root)]
         elif not root.is_dir():
-            raise CorpusError(f"There is no folder {self.path!r} (looked at {root.absolute()}): check the path.")
+            raise CorpusError(
+                f"There is no folder {self.path!r} (looked at {root.absolute()}): check the path."
+            )
         else:
             try:
                 found = [(p.relative_to(root).as_posix(), p) for p in root.glob(self.pattern) if p.is_file()]
@@ -80,11 +84,13 @@ class TextFolder:
                 ) from error
         if not found:
             raise CorpusError(
-                f"The folder {self.path!r} has no file that matches {self.pattern!r}: change the pattern or the path."
+                f"The folder {self.path!r} has no file that matches {self.pattern!r}: change either."
             )
         held = sorted((name, path) for name, path in found if path.stat().st_size)
         if not held:
-            raise CorpusError(f"All {len(found)} files in {self.path!r} that match {self.pattern!r} are empty: add text.")
+            raise CorpusError(
+                f"All {len(found)} files in {self.path!r} that match {self.pattern!r} are empty: add text."
+            )
         return held
 
     def _read(self, path: Path) -> str:
@@ -92,12 +98,12 @@ class TextFolder:
             return path.read_bytes().decode("utf-8-sig" if self.encoding == "utf-8" else self.encoding)
         except UnicodeDecodeError as error:
             raise CorpusError(
-                f"{path} is not {self.encoding} text ({error.reason} at byte {error.start}): set encoding, or narrow "
-                "the pattern to text files."
+                f"{path} is not {self.encoding} text ({error.reason}, byte {error.start}): set encoding, or "
+                "narrow the pattern to text files."
             ) from error
         except LookupError as error:
             raise CorpusError(
-                f"{self.encoding!r} is not a text encoding that Python knows: use one such as 'utf-8' or 'latin-1'."
+                f"{self.encoding!r} is not an encoding Python knows: use one such as 'utf-8' or 'latin-1'."
             ) from error
 
 

@@ -54,7 +54,9 @@ class Tfds:
     def _carved(self, split: str) -> Iterator[str]:
         source = self._open(self.train_split)
         hashes = [unit_hash(self._text(source, i)) for i in range(len(source))]
-        splits = assign(hashes, fraction=self.validation_fraction, what=f"The TFDS split {self.train_split!r}")
+        splits = assign(
+            hashes, fraction=self.validation_fraction, what=f"The TFDS split {self.train_split!r}"
+        )
         return (self._text(source, i) for i in np.flatnonzero(np.array(splits) == split).tolist())
 
     def _folder(self) -> Path:
@@ -78,9 +80,9 @@ class Tfds:
             ) from error
         if kind != "array_record":
             raise CorpusError(
-                f"The TFDS data set {self.name!r} at {folder} is prepared as {kind}, and array_record is needed: "
-                f"run `tfds build {name} --file_format=array_record --data_dir=` with another folder, and name "
-                "that folder as data_dir."
+                f"The TFDS data set {self.name!r} at {folder} is prepared as {kind}, and array_record is "
+                f"needed: run `tfds build {name} --file_format=array_record --data_dir=FOLDER` with another "
+                "FOLDER, and name that one as data_dir."
             )
         return folder
 
@@ -91,13 +93,13 @@ class Tfds:
         builder = tfds.builder_from_directory(str(folder))
         if self.text_field not in (builder.info.features or {}):
             raise CorpusError(
-                f"The TFDS data set {self.name!r} has no feature {self.text_field!r}: set text_field to one of "
-                f"{', '.join(sorted(builder.info.features or {}))}."
+                f"The TFDS data set {self.name!r} has no feature {self.text_field!r}: set text_field to one "
+                f"of {', '.join(sorted(builder.info.features or {}))}."
             )
         if split.split("[")[0] not in builder.info.splits:
             raise CorpusError(
                 f"The TFDS data set {self.name!r} has no split {split!r}: it has "
-                f"{', '.join(sorted(builder.info.splits))} (an empty validation_split carves one out of train)."
+                f"{', '.join(sorted(builder.info.splits))} (validation_split='' carves one from train)."
             )
         try:
             source = builder.as_data_source(split=split)
@@ -108,7 +110,9 @@ class Tfds:
                 f"({str(error).splitlines()[0][:200]}): check the split's name or prepare the data set anew."
             ) from error
         if empty:
-            raise CorpusError(f"The split {split!r} of the TFDS data set {self.name!r} is empty: choose another.")
+            raise CorpusError(
+                f"The split {split!r} of the TFDS data set {self.name!r} is empty: choose another."
+            )
         return source
 
     def _text(self, source: Any, index: int) -> str:
@@ -117,13 +121,13 @@ class Tfds:
             return value
         if not isinstance(value, bytes):
             raise CorpusError(
-                f"The feature {self.text_field!r} of {self.name!r} holds {type(value).__name__} values, not text: "
-                "set text_field to a text feature."
+                f"The feature {self.text_field!r} of {self.name!r} holds {type(value).__name__} values, not "
+                "text: set text_field to a text feature."
             )
         try:
             return value.decode()
         except UnicodeDecodeError as error:
             raise CorpusError(
-                f"Example {index} of {self.name!r} is not UTF-8 in {self.text_field!r} ({error.reason} at byte "
-                f"{error.start}): choose another text_field or clean the data set."
+                f"Example {index} of {self.name!r} is not UTF-8 in {self.text_field!r} ({error.reason} at "
+                f"byte {error.start}): choose another text_field or clean the data set."
             ) from error

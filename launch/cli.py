@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``lab``. Each subcommand imports what it needs, so that a mistake is reported at once."""
+
+import argparse
+import errno
+import importlib.util
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+
+TESTED_JAX = (0, 10)
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses and runs; every error that a user can cause ends in one sentence and a non-zero code."""
+    options = parser().parse_args(arguments)
+    if (code := check_jax()) != 0:
+        return code
+    from research.core.types import UserError
+    from research.train.interrupt import Interrupted
+
+    try:
+        return options.command(options)
+    except UserError as error:
+        return fail(str(error))
+    except OSError as error:
+        if error.errno in OUT_OF_SPACE:
+            where = f" while writing {error.filename}" if error.filename else ""
+            return fail(f"The disk is full{where}: free some space and repeat the command; what was saved is whole.")
+        raise
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signum
+    except KeyboardInterrupt:
+        print("lab: stopped; repeat the command to go on from the last checkpoint.", file=sys.stderr)
+        return 130
+
+
+def fail(sentence: str) -> int:
+    print(f"lab: error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def check_jax() -> int:
+    """One sentence where JAX is missing, one warning where it is newer than what was tested."""
+    if importlib.util.find_spec("jax") is None:
+        return fail("JAX is not installed in this Python: run `make env`, or `pip install jax` in this environment.")
+    version = metadata.version("jax")
+    if tuple(int(part) for part in version.split(".")[:2]) > TESTED_JAX:
+        tested = ".".join(str(part) for part in TESTED_JAX)
+        print(f"lab: warning: JAX {version} is newer than the tested {tested}; results may differ.", file=sys.stderr)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="lab", description="Train language models, sweep them, fit scaling laws.")
+    top.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(command=command)
+        return sub
+
+    def add_study(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("study", help="a study file, or FILE:FUNCTION for another sweep in it")
+        sub.add_argument(
+            "--set", dest="overrides", metavar="PATH=VALUE", action="append", default=[],
+            help="change one field of every experiment, e.g. model.d_model=512 (repeatable)",
+        )  # fmt: skip
+
+    sub = add("run", run, "run one experiment of a study")
+    add_study(sub)
+    sub.add_argument("--only", required=True, metavar="NAME", help="the experiment's name")
+    sub.add_argument("--profile", action="store_true", help="trace a few steps into the run's profile folder")
+    sub = add("sweep", sweep, "run every unfinished experiment of a study, then analyse it")
+    add_study(sub)
+    add_study(add("analyze", analyze, "analyse the finished runs of a study"))
+    add_study(add("list", list_runs, "list a study's experiments and how far they are"))
+    sub = add("sample", sample, "write text with a trained model")
+    sub.add_argument("run", type=Path, help="a run's folder, or one of its checkpoints")
+    sub.add_argument("--prompt", required=True, help="the text to go on from")
+    sub.add_argument("--tokens", type=int, default=128, help="tokens to add at most")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    sub.add_argument("--seed", type=int, default=0)
+    tokenizer = commands.add_parser("tokenizer", help="train tokenizers").add_subparsers(required=True)
+    sub = tokenizer.add_parser("train", help="train a SentencePiece tokenizer on a corpus, or find it trained")
+    sub.set_defaults(command=train_tokenizer)
+    sub.add_argument("corpus", help="stdlib, a folder of text files, or a .jsonl file with a text field")
+    sub.add_argument("--kind", choices=("bpe", "unigram"), default="bpe")
+    sub.add_argument("--vocab-size", type=int, default=8192)
+    sub.add_argument("--text-field", default="text", help="the field of a .jsonl file that holds the text")
+    return top
+
+
+def load_study(options: argparse.Namespace):
+    from launch import study
+
+    return study.load(options.study, options.overrides)
+
+
+def run(options: argparse.Namespace) -> int:
+    study = load_study(options)
+    experiment = study.only(options.only)
+    from launch import local
+
+    result = local.run(experiment, options.runs / study.name / options.only, profile=options.profile)
+    bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] is not None else ""
+    print(f"{options.only}: loss {result['loss']:.4f} nats per token{bits}, {result['seconds']:.0f} s")
+    return 0
+
+
+def sweep(options: argparse.Namespace) -> int:
+    from launch import sweep as sweeps
+
+    study = load_study(options)
+    return sweeps.sweep(study, options.runs / study.name)
+
+
+def analyze(options: argparse.Namespace) -> int:
+    from launch import sweep as sweeps
+
+    study = load_study(options)
+    sweeps.analyze(study, options.runs / study.name)
+    return 0
+
+
+def list_runs(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from launch import collect
+
+    study = load_study(options)
+    shown = Table("name", "params", "non-embedding", "tokens", "FLOPs", "steps", "status", "loss")
+    for row in collect.table(study, options.runs / study.name).runs:
+        loss = f"{row.loss:.4f}" if row.loss is not None else ""
+        steps = study.experiments[row.name].steps
+        shown.add_row(
+            row.name, f"{row.params:,}", f"{row.non_embedding_params:,}", f"{row.tokens:,}", f"{row.flops:.3g}",
+            f"{steps:,}", row.status, loss,
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 120).print(shown)
+    return 0
+
+
+def sample(options: argparse.Namespace) -> int:
+    from launch import sample as samples
+
+    return samples.sample(
+        options.run, options.prompt, tokens=options.tokens, temperature=options.temperature, seed=options.seed
+    )
+
+
+def train_tokenizer(options: argparse.Namespace) -> int:
+    from launch import sample as samples
+
+    return samples.train_tokenizer(
+        options.corpus, kind=options.kind, vocab_size=options.vocab_size, text_field=options.text_field
+    )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.exit(main())

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gathers every run of a study into one table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from launch.local import FAILURE
+from launch.study import Study
+from research.scaling import cost
+from research.scaling.table import Run, Table
+from research.train import loop, metrics
+from research.train.experiment import Experiment
+
+
+def status(experiment: Experiment, directory: Path) -> tuple[str, dict[str, Any]]:
+    """What is known of a run: finished, diverged, failed, running (begun, not finished) or missing."""
+    result = loop.read_json(directory / loop.RESULT)
+    if result is not None and result["hash"] == experiment.hash:
+        return "finished", result
+    failure = loop.read_json(directory / FAILURE)
+    if failure is not None:
+        return failure["status"], {}
+    return ("running" if (directory / metrics.FILE).exists() else "missing"), {}
+
+
+def table(study: Study, directory: Path) -> Table:
+    """One row per experiment of the study, whether it has run or not."""
+    rows = []
+    for name, experiment in study.experiments.items():
+        state, result = status(experiment, directory / name)
+        params = cost.params(experiment.model)
+        data = result.get("data", {})
+        rows.append(
+            Run(
+                name=name,
+                params=params.total,
+                non_embedding_params=params.non_embedding,
+                tokens=experiment.tokens,
+                flops=experiment.flops,
+                loss=result.get("loss"),
+                bits_per_byte=result.get("bits_per_byte"),
+                status=state,
+                seconds=result.get("seconds"),
+                corpus_bytes=data.get("corpus_bytes"),
+                corpus_hash=data.get("corpus_hash"),
+            )
+        )
+    return Table(tuple(rows))
+
+
+def curves(study: Study, directory: Path) -> dict[str, list[tuple[float, float]]]:
+    """Each run's training loss against the FLOPs spent so far."""
+    found = {}
+    for name in study.experiments:
+        lines = metrics.read(directory / name)
+        points = [(line["flops"], line["loss"]) for line in lines if isinstance(line.get("loss"), float)]
+        if points:
+            found[name] = points
+    return found

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs experiments on this machine, one at a time, in this process."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from research.core.types import UserError
+from research.train import loop, progress
+from research.train.experiment import Experiment
+from research.train.monitor import Diverged
+
+FAILURE = "failure.json"
+
+
+def cache_dir() -> Path:
+    """Prepared corpora, tokenizers and compiled programs: $LAB_CACHE, or the user's cache folder."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("LAB_CACHE", base / "scaling-lab"))
+
+
+def use_compilation_cache(folder: Path) -> None:
+    """Keeps compiled programs on disk, so that a program compiled once starts at once the next time."""
+    jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def run(experiment: Experiment, directory: Path, *, profile: bool = False) -> dict[str, Any]:
+    """One run to its end, with a record of the failure where it fails."""
+    folder = cache_dir()
+    use_compilation_cache(folder)
+    options = loop.Options(cache_dir=folder, progress=progress.choose(), profile=profile)
+    with locked(directory):
+        (directory / FAILURE).unlink(missing_ok=True)
+        try:
+            return loop.run(experiment, directory, options)
+        except Exception as error:
+            status = "diverged" if isinstance(error, Diverged) else "failed"
+            with contextlib.suppress(OSError):  # a full disk must not hide the error that says so
+                record = {"status": status, "hash": experiment.hash, "message": str(error)}
+                (directory / FAILURE).write_text(json.dumps(record) + "\n")
+            raise
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keeps a second process away from a run. The lock goes with the process, however it ends."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another process is running {directory}: wait for it, or end it.") from None
+        yield

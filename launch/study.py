@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Study files: ``path/to/study.py`` or ``path/to/study.py:function`` becomes experiments and an analysis."""
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from research.core.config import override
+from research.core.types import UserError
+from research.train.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Study:
+    """A loaded study. ``name`` is also the name of its folder under the folder of runs."""
+
+    name: str
+    reference: str
+    experiments: dict[str, Experiment]
+    analyze: Callable[..., Any] | None
+
+    def only(self, name: str) -> Experiment:
+        if name not in self.experiments:
+            names = ", ".join(list(self.experiments)[:20])
+            raise UserError(f"{self.reference} has no experiment {name!r}; it has: {names}.")
+        return self.experiments[name]
+
+
+def load(reference: str, overrides: Sequence[str] = ()) -> Study:
+    """Reads a study and applies ``path=value`` overrides to each of its experiments.
+
+    A study with overrides has a folder of its own, so that the plain study's runs stay as they are.
+    """
+    path_text, _, function = reference.partition(":")
+    module = load_module(Path(path_text))
+    function = function or "sweep"
+    sweep = getattr(module, function, None)
+    if not callable(sweep):
+        raise UserError(
+            f"{path_text} has no function {function}(): a study exports sweep() -> dict of name to Experiment."
+        )
+    experiments = sweep()
+    if not (isinstance(experiments, dict) and all(isinstance(e, Experiment) for e in experiments.values())):
+        raise UserError(f"{function}() of {path_text} must return a dict of name to Experiment.")
+    if not experiments:
+        raise UserError(f"{function}() of {path_text} returned no experiment.")
+    changed = {}
+    for name, experiment in experiments.items():
+        for assignment in overrides:
+            experiment = override(experiment, assignment)
+        changed[name] = replace(experiment, name=name)
+    parts = [Path(path_text).stem] + ([function] if function != "sweep" else [])
+    folder = "-".join(parts) + "".join("@" + re.sub(r"[^\w.=+-]", "_", o) for o in sorted(overrides))
+    return Study(folder, reference, changed, getattr(module, "analyze", None))
+
+
+def load_module(path: Path) -> ModuleType:
+    if path.is_dir() or not path.exists():
+        raise UserError(f"There is no study {path}: give the path of a Python file that defines sweep().")
+    root = Path.cwd()
+    inside = path.resolve().is_relative_to(root)
+    # the name that `import` would give it, so that classes defined in a study are found again by name
+    name = ".".join(path.resolve().relative_to(root).with_suffix("").parts) if inside else path.stem
+    if inside and str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file: a study is one, with a function sweep().")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        place = error.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        line = f" (line {place.tb_lineno} of {place.tb_frame.f_code.co_filename})" if place else ""
+        raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}{line}.") from error
+    return module

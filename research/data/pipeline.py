@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a corpus to global batches: an experiment names a ``TextSource`` and draws from its ``TextStream``.
+
+A batch is a function of (corpus, tokenizer, seed, step). Grain's random-access data sets turn a global row
+number into (corpus, epoch, row): shuffled anew every epoch, mixed by weight. Each host builds only the rows
+that its devices hold, so the global batch is the same for any number of hosts.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from research.core.sharding import batch_sharding, check_batch
+from research.core.types import Batch, Context, UserError
+from research.data import packing
+from research.data.cache import name_of
+from research.data.packing import Rows, Tokens, empty_rows, tokenised
+from research.data.sources import Corpus, parts
+from research.data.sources.base import check_split
+from research.data.tokenizers import Tokenizer, TokenizerSpec, train_tokenizer
+
+FORMAT = 1
+# The seed of streams that are not shuffled: their documents come in one fixed, mixed order for every run.
+FIXED_ORDER = 0x5EED
+
+
+class DataError(UserError):
+    """A source that cannot be started, or a state that belongs to other data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataInfo:
+    """What a run was trained on: recorded with its results. Bytes are UTF-8 bytes of text."""
+
+    corpus: str
+    content_hash: str
+    bytes: int
+    documents: int
+    train_bytes: int
+    train_documents: int
+    train_tokens: int
+    validation_bytes: int
+    validation_documents: int
+    validation_tokens: int
+    tokenizer: str
+    vocab_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSource:
+    """Packed rows of a corpus, as batches for next-token prediction.
+
+    batch_size: rows of the global batch. sequence_length: inputs, hence targets, of a row.
+    shuffle: an endless stream, shuffled by the run's seed and anew every epoch. Without it the stream is one
+        pass in an order that is the same for every run, padded with rows of weight 0 at the end.
+    num_batches: without shuffle: how many batches, of rows evenly spaced over the split; 0 for all.
+    """
+
+    corpus: Corpus
+    tokenizer: TokenizerSpec
+    batch_size: int
+    sequence_length: int
+    split: str = "train"
+    shuffle: bool = True
+    num_batches: int = 0
+
+    def __post_init__(self) -> None:
+        check_split(self.split)
+        if self.batch_size < 1 or self.sequence_length < 1:
+            raise DataError(
+                f"batch_size and sequence_length must be at least 1; given {self.batch_size} and "
+                f"{self.sequence_length}."
+            )
+        if self.num_batches < 0 or (self.num_batches and self.shuffle):
+            raise DataError(
+                f"num_batches={self.num_batches} is for streams in order: give 0 or more, with shuffle=False."
+            )
+
+    def validation(self, *, num_batches: int = 0, batch_size: int | None = None) -> "TextSource":
+        """The same corpus's validation split, in order and without repetition."""
+        return dataclasses.replace(
+            self,
+            split="validation",
+            shuffle=False,
+            num_batches=num_batches,
+            batch_size=batch_size or self.batch_size,
+        )
+
+    def tokenizer_for(self, cache_dir: Path) -> Tokenizer:
+        """The trained tokenizer; trains and caches it where it is not there yet."""
+        return train_tokenizer(self.tokenizer, self.corpus, cache_dir=Path(cache_dir))
+
+    def vocab_size(self, cache_dir: Path) -> int:
+        """Ids the tokenizer has; found without training it where the spec says it."""
+        return self.tokenizer.size or self.tokenizer_for(cache_dir).vocab_size
+
+    def prepare(self, cache_dir: Path) -> DataInfo:
+        """Fills the cache with all that a run needs (tokenizer, both splits) and says what it is."""
+        cache_dir = Path(cache_dir)
+        tokenizer = self.tokenizer_for(cache_dir)
+        size = {}
+        for split in ("train", "validation"):
+            found = self._tokens(tokenizer, split, cache_dir)
+            size[split] = [
+                sum(getattr(t, name) for t in found) for name in ("num_bytes", "num_documents", "num_tokens")
+            ]
+        train, validation = size["train"], size["validation"]
+        return DataInfo(
+            corpus=type(self.corpus).__name__,
+            content_hash=self.corpus.fingerprint(cache_dir),
+            bytes=train[0] + validation[0],
+            documents=train[1] + validation[1],
+            train_bytes=train[0],
+            train_documents=train[1],
+            train_tokens=train[2],
+            validation_bytes=validation[0],
+            validation_documents=validation[1],
+            validation_tokens=validation[2],
+            tokenizer=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+        )
+
+    def start(self, context: Context) -> "TextStream":
+        check_batch(context.mesh, self.batch_size)
+        cache_dir = Path(context.cache_dir)
+        tokenizer = self.tokenizer_for(cache_dir)
+        tokens = self._tokens(tokenizer, self.split, cache_dir)
+        return TextStream(self, context, tokenizer=tokenizer, tokens=tokens)
+
+    def _tokens(self, tokenizer: Tokenizer, split: str, cache_dir: Path) -> list[Tokens]:
+        return [
+            tokenised(part, tokenizer=tokenizer, split=split, cache_dir=cache_dir)
+            for part, _ in parts(self.corpus)
+        ]
+
+
+class TextStream:
+    """Batches of a ``TextSource`` (see ``research.core.types.Stream``).
+
+    A batch holds [batch_size, sequence_length] arrays: ``tokens``, ``targets``, ``segment_ids`` (from 1 in
+    each row; 0 is padding), ``positions`` (from 0 in each piece of a document), int32, and as float32
+    ``weights`` (1 where the target counts) and ``target_bytes`` (UTF-8 bytes of the target, times its weight).
+
+    num_batches: batches of a stream in order; None where the stream is endless.
+    """
+
+    def __init__(
+        self, source: TextSource, context: Context, *, tokenizer: Tokenizer, tokens: Sequence[Tokens]
+    ) -> None:
+        self.source, self.tokenizer = source, tokenizer
+        self._sharding = batch_sharding(context.mesh)
+        self._shape = (source.batch_size, source.sequence_length)
+        self._token_bytes = tokenizer.token_bytes.astype(np.float32)
+        self._weights = [weight for _, weight in parts(source.corpus)]
+        seed = context.seed if source.shuffle else FIXED_ORDER
+        self._rows = [
+            Rows(
+                part,
+                sequence_length=source.sequence_length,
+                seed=_seed(seed, number),
+                pad_id=tokenizer.pad_id,
+            )
+            for number, part in enumerate(tokens)
+        ]
+        self._index = _row_index(self._rows, self._weights, shuffle=source.shuffle, seed=seed)
+        self.num_batches: int | None = None
+        self._num_rows = len(self._index)
+        if not source.shuffle:
+            wanted = source.num_batches * source.batch_size
+            self._num_rows = min(wanted or self._num_rows, self._num_rows)
+            self.num_batches = -(-self._num_rows // source.batch_size)
+        self._data = {
+            "corpus": source.corpus.fingerprint(context.cache_dir),
+            "tokenizer": tokenizer.fingerprint,
+            "packing": name_of(
+                FORMAT,
+                packing.FORMAT,
+                source.sequence_length,
+                source.split,
+                source.shuffle,
+                source.num_batches,
+            ),
+            "seed": seed,
+        }
+        # The state that this stream continues from: `row` rows had been drawn before `step`.
+        self._origin = (0, 0)
+        self._step = 0
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
+        weakref.finalize(self, self._worker.shutdown, wait=False, cancel_futures=True)
+        self._pending: tuple[int, Future] | None = None
+
+    def next(self, policy: Any, step: int) -> Batch:
+        """The global batch of ``step``; the policy is not looked at. The next step's is built meanwhile."""
+        row = self._row(step)
+        pending, self._pending = self._pending, None
+        host = pending[1].result() if pending and pending[0] == row else self._host_batch(row)
+        self._step = step + 1
+        following = self._row(self._step)
+        self._pending = (following, self._worker.submit(self._host_batch, following))
+
+        def shard(name: str) -> jax.Array:
+            return jax.make_array_from_callback(
+                self._shape, self._sharding, lambda index: host[self._span(index)][name]
+            )
+
+        return {name: shard(name) for name in next(iter(host.values()))}
+
+    def batches(self, limit: int | None = None) -> Iterator[Batch]:
+        """The stream's batches from step 0: all of a stream in order, or the first ``limit``."""
+        counts = [n for n in (limit, self.num_batches) if n is not None]
+        if not counts:
+            raise DataError("A shuffled stream is endless: say how many batches are wanted.")
+        for step in range(min(counts)):
+            yield self.next(None, step)
+
+    def assemble(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Rows ``start`` to ``stop`` of the stream, on the host: a pure function of the two."""
+        length = self.source.sequence_length
+        out = empty_rows(stop - start, sequence_length=length, pad_id=self.tokenizer.pad_id)
+        for at, row in enumerate(range(start, stop)):
+            if self.source.shuffle:
+                part, epoch, index = self._index[row]
+            elif row < self._num_rows:
+                # Evenly spaced, so that a few batches stand for the whole split.
+                part, epoch, index = self._index[row * len(self._index) // self._num_rows]
+            else:
+                continue
+            self._rows[part].fill(out, at, epoch=epoch, index=index)
+        out["target_bytes"] = self._token_bytes[out["targets"]] * out["weights"]
+        return out
+
+    def get_state(self) -> dict[str, Any]:
+        """The next step, the rows drawn before it, and what the data are."""
+        return {"step": self._step, "row": self._row(self._step), "data": dict(self._data)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues after the state's rows. Raises DataError naming what is not as it was."""
+        try:
+            data, step, row = state["data"], int(state["step"]), int(state["row"])
+            old = {name: data[name] for name in self._data}
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"This is not the state of a text stream ({error!r}): resume from a checkpoint that this "
+                "experiment wrote."
+            ) from error
+        changed = [
+            f"the {name} (was {old[name]}, is {now})" for name, now in self._data.items() if old[name] != now
+        ]
+        if changed:
+            raise DataError(
+                f"The data are not those of the checkpoint; changed: {', '.join(changed)}. Restore them, or "
+                "start a new run."
+            )
+        self._origin, self._step, self._pending = (step, row), step, None
+
+    def close(self) -> None:
+        """Ends the background thread."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def _row(self, step: int) -> int:
+        origin_step, origin_row = self._origin
+        row = origin_row + (step - origin_step) * self.source.batch_size
+        if row < 0:
+            raise DataError(f"Step {step} lies before the stream's beginning.")
+        return row
+
+    def _host_batch(self, row: int) -> dict[tuple[int, int], dict[str, np.ndarray]]:
+        """The rows that this host's devices hold, by span within the batch."""
+        spans = {
+            self._span(index)
+            for index in self._sharding.addressable_devices_indices_map(self._shape).values()
+        }
+        return {(start, stop): self.assemble(row + start, row + stop) for start, stop in sorted(spans)}
+
+    def _span(self, index: tuple[slice, ...]) -> tuple[int, int]:
+        start, stop, _ = index[0].indices(self.source.batch_size)
+        return start, stop
+
+
+def _seed(seed: int, number: int) -> int:
+    """A 32-bit seed; hashed, because Grain adds the epoch to it and neighbours must not share epochs."""
+    return int(name_of("shuffle", seed, number), 16) % 2**32
+
+
+def _row_index(rows: Sequence[Rows], weights: Sequence[float], *, shuffle: bool, seed: int) -> Any:
+    """A Grain data set from global row numbers to (corpus, epoch, row)."""
+    import grain
+
+    def one(number: int, count: int) -> Any:
+        indices = grain.MapDataset.range(count)
+        if shuffle:
+            indices = indices.shuffle(seed=_seed(seed, number)).repeat()
+        return indices.map_with_index(lambda i, index: (number, i // count, int(index)))
+
+    parts = [one(number, len(part)) for number, part in enumerate(rows)]
+    if len(parts) == 1:
+        return parts[0]
+    # Grain scales weights so that the smallest is 100 and cuts off fractions; rounded here, they stay true.
+    scaled = [float(round(100 * weight / min(weights))) for weight in weights]
+    return grain.MapDataset.mix(parts, weights=scaled)

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizers: what a study names (``Bytes``, ``Characters``, ``SentencePiece``) and what training it gives.
+
+Every tokenizer has the 256 bytes to fall back on, so that ``decode(encode(text)) == text`` for any text and
+the bytes its tokens stand for add up exactly: bits per byte compare between tokenizers.
+"""
+
+import base64
+import dataclasses
+import functools
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+
+from research.core.config import to_json
+from research.core.types import UserError
+from research.data.cache import cached_folder, name_of
+from research.data.sources import Corpus, parts
+
+FORMAT = 1
+SPECIALS = ("<pad>", "<bos>", "<eos>")
+PAD, BOS, EOS = 0, 1, 2
+BYTE_PIECES = tuple(bytes([value]) for value in range(256))
+
+
+class TokenizerError(UserError):
+    """A tokenizer that cannot be trained, or text or ids that it cannot take."""
+
+
+class Tokenizer:
+    """Text to ids and back. Its behaviour is all in ``pieces`` and, for some kinds, ``model``.
+
+    pieces: the UTF-8 bytes that each id stands for; empty for the special ids.
+    """
+
+    kind: ClassVar[str] = ""
+    pad_id, bos_id, eos_id = PAD, BOS, EOS
+
+    def __init__(self, pieces: Sequence[bytes], *, model: bytes = b"") -> None:
+        self.pieces = tuple(pieces)
+        self.model = model
+        self.token_bytes = np.array([len(piece) for piece in self.pieces], np.int32)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that decides what the tokenizer does."""
+        digest = hashlib.sha256(f"{self.kind} {FORMAT} ".encode())
+        for piece in self.pieces:
+            digest.update(len(piece).to_bytes(4, "big") + piece)
+        digest.update(self.model)
+        return digest.hexdigest()[:24]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids [tokens] int32 of a text, without special ids; whatever stands in the text is text."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """``encode`` of each text; several cores where that helps."""
+        return [self._encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special ids give nothing, bytes that are not UTF-8 U+FFFD."""
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if not 0 <= i < len(self.pieces):
+                raise TokenizerError(
+                    f"The id {i} is not in the vocabulary: a tokenizer of {len(self.pieces)} has the ids 0 "
+                    f"to {len(self.pieces) - 1}."
+                )
+        return b"".join([self.pieces[i] for i in ids]).decode("utf-8", errors="replace")
+
+    def _encode(self, text: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Writes ``tokenizer.json`` into an existing folder."""
+        record = {
+            "kind": self.kind,
+            "fingerprint": self.fingerprint,
+            "pieces": [base64.b64encode(piece).decode() for piece in self.pieces],
+            "model": base64.b64encode(self.model).decode(),
+        }
+        (Path(folder) / "tokenizer.json").write_text(json.dumps(record))
+
+
+class ByteTokenizer(Tokenizer):
+    kind = "bytes"
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(utf8(text), np.uint8).astype(np.int32) + len(SPECIALS)
+
+
+class CharacterTokenizer(Tokenizer):
+    """Specials, then the 256 bytes, then characters."""
+
+    kind = "characters"
+
+    @functools.cached_property
+    def _table(self) -> np.ndarray:
+        first = len(SPECIALS) + 256
+        codes = [ord(piece.decode()) for piece in self.pieces[first:]]
+        table = np.full(0x110000, -1, np.int32)
+        table[codes] = np.arange(first, first + len(codes))
+        return table
+
+    def _encode(self, text: str) -> np.ndarray:
+        utf8(text)
+        codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+        ids = self._table[codes]
+        strange = np.flatnonzero(ids < 0)
+        if not len(strange):
+            return ids
+        found, at = [], 0
+        for i in strange.tolist():
+            found += [
+                ids[at:i],
+                np.frombuffer(chr(codes[i]).encode(), np.uint8).astype(np.int32) + len(SPECIALS),
+            ]
+            at = i + 1
+        return np.concatenate([*found, ids[at:]])
+
+
+def utf8(text: str) -> bytes:
+    """The text as UTF-8. Raises TokenizerError for half of a surrogate pair, which has no such form."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"The text has half of a surrogate pair at character {error.start}, which is not text: clean it."
+        ) from error
+
+
+# --- what a study names -------------------------------------------------------------------------
+
+
+@runtime_checkable
+class TokenizerSpec(Protocol):
+    """A frozen dataclass that trains a tokenizer on texts."""
+
+    @property
+    def size(self) -> int | None:
+        """The vocabulary size where it is known before training, else None."""
+        ...
+
+    @property
+    def sample_limit(self) -> int | None:
+        """About how many bytes of text training looks at: 0 for none, None for all."""
+        ...
+
+    def train(self, texts: Iterable[str]) -> Tokenizer: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """One token a byte of UTF-8: 259 ids, nothing to train."""
+
+    size: ClassVar[int] = len(SPECIALS) + 256
+    sample_limit: ClassVar[int] = 0
+
+    def train(self, texts: Iterable[str]) -> Tokenizer:
+        return ByteTokenizer((b"",) * len(SPECIALS) + BYTE_PIECES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Characters:
+    """One token a character seen in the train split; others fall back to their bytes.
+
+    min_count: characters seen less often are left to the bytes.
+    max_characters: only the most frequent this many become tokens.
+    """
+
+    min_count: int = 1
+    max_characters: int = 4096
+    size: ClassVar[None] = None
+    sample_limit: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        if self.min_count < 1 or self.max_characters < 1:
+            raise TokenizerError(
+                f"min_count and max_characters must be at least 1; given {self.min_count} and "
+                f"{self.max_characters}."
+            )
+
+    def train(self, texts: Iterable[str]) -> Tokenizer:
+        counts: Counter[str] = Counter()
+        for text in texts:
+            counts.update(text)
+        often = [
+            c for c, n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])) if n >= self.min_count
+        ]
+        kept = sorted(c for c in often[: self.max_characters] if not "\ud800" <= c <= "\udfff")
+        return CharacterTokenizer((b"",) * len(SPECIALS) + BYTE_PIECES + tuple(c.encode() for c in kept))
+
+
+# --- training and the cache ---------------------------------------------------------------------
+
+
+def train_tokenizer(spec: TokenizerSpec, corpus: Corpus, *, cache_dir: Path) -> Tokenizer:
+    """The tokenizer that ``spec`` gives on the train split of ``corpus``, cached by content."""
+    if spec.sample_limit == 0:
+        return spec.train(())
+
+    def build(folder: Path) -> None:
+        spec.train(sample(corpus, limit=spec.sample_limit, cache_dir=cache_dir)).save(folder)
+
+    return cached_folder(
+        tokenizer_folder(spec, corpus, cache_dir=cache_dir), build=build, load=load_tokenizer
+    )
+
+
+def tokenizer_folder(spec: TokenizerSpec, corpus: Corpus, *, cache_dir: Path) -> Path:
+    """Where the trained tokenizer is kept: named by the spec's and the corpus's content."""
+    key = name_of("tokenizer", FORMAT, to_json(spec), corpus.fingerprint(cache_dir))
+    return Path(cache_dir) / "tokenizers" / key
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Reads what ``Tokenizer.save`` wrote. Raises ValueError, KeyError or OSError where it is damaged."""
+    from research.data.sentence_piece import SentencePieceTokenizer
+
+    record = json.loads((Path(folder) / "tokenizer.json").read_text())
+    kinds = {cls.kind: cls for cls in (ByteTokenizer, CharacterTokenizer, SentencePieceTokenizer)}
+    pieces = [base64.b64decode(piece) for piece in record["pieces"]]
+    tokenizer = kinds[record["kind"]](pieces, model=base64.b64decode(record["model"]))
+    if tokenizer.fingerprint != record["fingerprint"]:
+        raise ValueError("its content does not match its fingerprint")
+    return tokenizer
+
+
+def sample(corpus: Corpus, *, limit: int | None, cache_dir: Path) -> Iterator[str]:
+    """Train text of about ``limit`` bytes: whole documents where all fits, else lines picked by a fixed seed.
+
+    A mixture's corpora share the limit by their weights.
+    """
+    for number, (part, weight) in enumerate(parts(corpus)):
+        documents = functools.partial(part.documents, "train", cache_dir=cache_dir)
+        share = 1.0
+        if limit is not None:
+            total = sum(len(utf8(text)) for text in documents())
+            share = min(1.0, limit * weight / max(total, 1))
+        rng = np.random.Generator(np.random.PCG64([FORMAT, number]))
+        for text in documents():
+            if share == 1.0:
+                yield text
+            else:
+                lines = text.splitlines(keepends=True)
+                yield "".join(lines[i] for i in np.flatnonzero(rng.random(len(lines)) < share).tolist())

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loss on held-out text: nats per token, and bits per byte, which compare across tokenizers."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+
+from research.core.types import Array, Batch, Context, EvalRun, Metrics, Objective, Policy, Source, WeightedSum
+
+
+@dataclass(frozen=True)
+class Validation:
+    """An objective's means over a source's batches, each divided by its weight over all of them.
+
+    source: batches in a fixed order (``num_batches`` of them). every: steps between evaluations (0: at the
+    end only). Results: ``validation/loss``, and ``validation/NAME`` for each of the objective's metrics.
+    """
+
+    source: Source
+    objective: Objective
+    num_batches: int
+    every: int = 0
+    name: str = "validation"
+
+    def start(self, context: Context) -> EvalRun:
+        stream = self.source.start(context)
+
+        def run(policy: Policy, step: int) -> Metrics:
+            totals: dict[str, tuple[float, float]] = {}
+            for index in range(self.num_batches):
+                sums = _sums(self.objective, policy, stream.next(None, index))
+                for name, (amount, weight) in jax.device_get(sums).items():
+                    before = totals.get(name, (0.0, 0.0))
+                    totals[name] = (before[0] + float(amount), before[1] + float(weight))
+            return {f"{self.name}/{name}": a / w if w else float("nan") for name, (a, w) in totals.items()}
+
+        return run
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(objective: Objective, policy: Policy, batch: Batch) -> Mapping[str, tuple[Array, Array]]:
+    loss = objective(policy, {}, batch, jax.random.key(0))
+    whole = {"loss": _combined(loss.terms)} if len(loss.terms) == 1 else {}
+    return {name: tuple(value) for name, value in {**whole, **loss.metrics}.items()}
+
+
+def _combined(terms: Mapping[str, tuple[float | Array, WeightedSum]]) -> WeightedSum:
+    ((coefficient, value),) = terms.values()
+    return WeightedSum(coefficient * value.sum, value.weight)
