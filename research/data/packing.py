@@ -18,7 +18,7 @@ import numpy as np
 from research.core.types import UserError
 from research.data.cache import cached_folder, checksum, name_of
 from research.data.sources import Corpus
-from research.data.tokenizers import Tokenizer
+from research.data.tokenizer_base import Tokenizer
 
 FORMAT = 1
 BATCH_CHARACTERS = 4_000_000

@@ -23,7 +23,8 @@ from research.data.cache import name_of
 from research.data.packing import Rows, Tokens, empty_rows, tokenised
 from research.data.sources import Corpus, parts
 from research.data.sources.base import check_split
-from research.data.tokenizers import Tokenizer, TokenizerSpec, train_tokenizer
+from research.data.tokenizer_base import Tokenizer, TokenizerSpec
+from research.data.tokenizers import train_tokenizer
 
 FORMAT = 1
 # The seed of streams that are not shuffled: their documents come in one fixed, mixed order for every run.
@@ -144,8 +145,8 @@ class TextStream:
     """Batches of a ``TextSource`` (see ``research.core.types.Stream``).
 
     A batch holds [batch_size, sequence_length] arrays: ``tokens``, ``targets``, ``segment_ids`` (from 1 in
-    each row; 0 is padding), ``positions`` (from 0 in each piece of a document), int32, and as float32
-    ``weights`` (1 where the target counts) and ``target_bytes`` (UTF-8 bytes of the target, times its weight).
+    each row; 0 is padding), ``positions`` (from 0 in each piece of a document), int32; and float32
+    ``weights`` (1 where the target counts) and ``target_bytes`` (UTF-8 bytes of a target that counts, else 0).
 
     num_batches: batches of a stream in order; None where the stream is endless.
     """
@@ -191,9 +192,16 @@ class TextStream:
         # The state that this stream continues from: `row` rows had been drawn before `step`.
         self._origin = (0, 0)
         self._step = 0
+        self.info = {
+            "vocab_size": tokenizer.vocab_size,
+            "corpus_bytes": sum(part.num_bytes for part in tokens),
+            "corpus_hash": self._data["corpus"],
+            "tokenizer": tokenizer.fingerprint,
+        }
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         weakref.finalize(self, self._worker.shutdown, wait=False, cancel_futures=True)
         self._pending: tuple[int, Future] | None = None
+        self._closed = False
 
     def next(self, policy: Any, step: int) -> Batch:
         """The global batch of ``step``; the policy is not looked at. The next step's is built meanwhile."""
@@ -202,7 +210,8 @@ class TextStream:
         host = pending[1].result() if pending and pending[0] == row else self._host_batch(row)
         self._step = step + 1
         following = self._row(self._step)
-        self._pending = (following, self._worker.submit(self._host_batch, following))
+        if not self._closed:
+            self._pending = (following, self._worker.submit(self._host_batch, following))
 
         def shard(name: str) -> jax.Array:
             return jax.make_array_from_callback(
@@ -260,7 +269,8 @@ class TextStream:
         self._origin, self._step, self._pending = (step, row), step, None
 
     def close(self) -> None:
-        """Ends the background thread."""
+        """Ends the background thread; the stream still answers, without working ahead."""
+        self._closed, self._pending = True, None
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def _row(self, step: int) -> int:

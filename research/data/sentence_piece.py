@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from research.data.tokenizers import BOS, EOS, PAD, Tokenizer, TokenizerError, utf8
+from research.data.tokenizer_base import BOS, EOS, PAD, Tokenizer, TokenizerError, utf8
 
 UNK = 3
 # SentencePiece writes a space as this character inside pieces, so a literal one would come back as a space.
@@ -158,7 +158,7 @@ class SentencePiece:
             )
         if least:
             return (
-                f"A vocabulary of {self.vocab_size} cannot hold all characters of the text: set vocab_size to "
+                f"A vocabulary of {self.vocab_size} cannot hold the text's characters: set vocab_size to "
                 f"more than {least[1]}, or lower character_coverage."
             )
         if most or "sentences_.empty()" in message:

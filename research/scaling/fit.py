@@ -20,9 +20,17 @@ from research.scaling.table import ParameterCount, Run
 
 FEWEST_RUNS = 6  # one more than the law has numbers
 EXPONENTS = (0.02, 2.0)  # where alpha and beta are looked for
-SMALLEST_SHARE = 1e-5  # a term's least share of the loss, at the centre of the runs: below it the term is zero
+SMALLEST_SHARE = (
+    1e-5  # a term's least share of the loss, at the centre of the runs: below it the term is zero
+)
 AGREE = 1e-7  # restarts agree when their objectives do, relatively
-GRADIENT = 1e-6  # the largest projected gradient of a converged fit, relative to that of its terms
+GRADIENT = 1e-6  # the largest projected gradient of a converged fit, as Convergence defines it
+ZERO_TERM = (
+    "A and alpha are not identified: the fit puts the term of model size at zero, so these runs show no effect of it.",
+    "B and beta are not identified: the fit puts the term of tokens at zero, so these runs show no effect of them.",
+    "E is not identified: the fit puts it at zero, so these runs do not show where the loss levels off, and the law "
+    "may not be carried far beyond them.",
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,9 @@ class Points:
             raise UserError("params, tokens and loss must be three lists of the same length.")
         values = np.concatenate([self.params, self.tokens, self.loss])
         if not np.all(np.isfinite(values) & (values > 0)):
-            raise UserError("A law is fitted to finite positive params, tokens and losses: leave other runs out.")
+            raise UserError(
+                "A law is fitted to finite positive params, tokens and losses: leave other runs out."
+            )
 
     @classmethod
     def of(cls, runs: Iterable[Run], *, parameters: ParameterCount = "total") -> "Points":
@@ -113,7 +123,9 @@ def fit_law(points: Points, *, delta: float = 1e-3, restarts: int = 12) -> Fit:
     converged = gradient <= GRADIENT and (agreeing >= 2 or len(results) == 1)
     message = f"{agreeing} of {len(results)} starts reach the same minimum; largest projected gradient {gradient:.1e}"
     if not converged:
-        message += f"; NOT CONVERGED (a gradient of at most {GRADIENT:.0e} and 2 agreeing starts are asked for)"
+        message += (
+            f"; NOT CONVERGED (a gradient of at most {GRADIENT:.0e} and 2 agreeing starts are asked for)"
+        )
     evaluations = sum(count for _, count in results)
     return Fit(
         law=problem.law(theta),
@@ -148,7 +160,7 @@ class Interval:
     high: float
 
 
-def bootstrap(points: Points, *, fit: Fit, resamples: int = 100, seed: int = 0) -> dict[str, Interval]:
+def bootstrap(points: Points, *, fit: Fit, resamples: int = 200, seed: int = 0) -> dict[str, Interval]:
     """95% percentile intervals of the law's numbers, from fits to runs drawn with replacement, started at ``fit``.
 
     Draws with too few distinct runs are drawn again. Few runs make such intervals too narrow, not too wide.
@@ -240,7 +252,9 @@ class _Problem:
     def projected_gradient(self, theta: np.ndarray) -> float:
         """The largest derivative that bounds do not stop, over delta and the number of points."""
         gradient = self.gradient(theta)
-        stopped = ((theta <= self.low + 1e-6) & (gradient > 0)) | ((theta >= self.high - 1e-6) & (gradient < 0))
+        stopped = ((theta <= self.low + 1e-6) & (gradient > 0)) | (
+            (theta >= self.high - 1e-6) & (gradient < 0)
+        )
         return float(np.max(np.abs(np.where(stopped, 0.0, gradient)))) / (self.delta * len(self.log_loss))
 
     # --- search
@@ -284,7 +298,11 @@ class _Problem:
         curvature = -jacobian.T @ (jacobian * clipped[:, None])
         for share, row in zip(
             shares,
-            ((one, zero, zero, -self.n, zero), (zero, one, zero, zero, -self.d), (zero, zero, one, zero, zero)),
+            (
+                (one, zero, zero, -self.n, zero),
+                (zero, one, zero, zero, -self.d),
+                (zero, zero, one, zero, zero),
+            ),
             strict=True,
         ):
             direction = np.stack(row, axis=1)
@@ -327,16 +345,12 @@ class _Problem:
 
     def not_identified(self, theta: np.ndarray) -> tuple[str, ...]:
         found, law = [], self.law(theta)
-        shares = np.exp(theta[:3] - self.log_loss.mean())
-        for share, name in zip(shares, ("A", "B", "E"), strict=True):
+        for share, sentence in zip(np.exp(theta[:3] - self.log_loss.mean()), ZERO_TERM, strict=True):
             if share < 1e-3:
-                found.append(
-                    f"{name} is not identified: the fit puts it at zero, so these runs do not show "
-                    + {"A": "an effect of model size.", "B": "an effect of tokens."}.get(
-                        name, "where the loss levels off; the law may not be carried far beyond them."
-                    )
-                )
-        for name, value, low, high in zip(("alpha", "beta"), theta[3:], self.low[3:], self.high[3:], strict=True):
+                found.append(sentence)
+        for name, value, low, high in zip(
+            ("alpha", "beta"), theta[3:], self.low[3:], self.high[3:], strict=True
+        ):
             if value <= low * 1.01 or value >= high * 0.99:
                 found.append(
                     f"{name} is not identified: it stands at the bound {getattr(law, name):.3g} of its search."

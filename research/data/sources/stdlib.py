@@ -20,7 +20,7 @@ from research.data.cache import cached_folder, files_hash, name_of
 from research.data.sources.base import CorpusError, assign, check_fraction, check_split, unit_hash
 
 # Bump when the same files would give other documents.
-FORMAT = 1
+FORMAT = 2
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 DATASET = "python_standard_library"
 SEAL = "content_hash"
@@ -39,8 +39,8 @@ class Inventory(NamedTuple):
 class Stdlib:
     """The standard library's ``.py`` files, tests and installed packages left out; a document per module.
 
-    Split by a hash of the relative path. A file is decoded by its PEP 263 cookie, as Python reads it; one
-    that does not decode so is read as Latin-1, which maps every byte to a character.
+    Split by a hash of the path, as in ``Lib/json/decoder.py``. A file is decoded by its PEP 263 cookie, as
+    Python reads it; one that does not decode so is read as Latin-1, which maps every byte to a character.
     """
 
     validation_fraction: float = 0.07
@@ -69,7 +69,7 @@ class Stdlib:
         tfds.disable_progress_bar()
         files = _files()
         splits = assign(
-            [unit_hash(name) for name, _ in files],
+            [unit_hash(f"Lib/{name}") for name, _ in files],
             fraction=self.validation_fraction,
             what="The standard library",
         )

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""IsoFLOP curves: at each budget a parabola of loss in log params, and how its minimum moves with compute.
+
+Hoffmann et al. 2022, approach 2. A parabola is the true curve only near its minimum: sizes far to one side bend it,
+without any noise, so its minimum is an estimate and the parametric law (``fit``) is the other one.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from research.core.types import UserError
+from research.scaling.laws import PowerLaw, fit_power_law
+from research.scaling.table import ParameterCount, Run
+
+FEWEST_SIZES = 3
+SAME_BUDGET = 0.05  # runs whose FLOPs lie within so much of one another share a budget
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One budget (the mean FLOPs of its runs): sizes, tokens and losses of its runs, smallest first; and what was found.
+
+    coefficients: loss = c2 u^2 + c1 u + c0 with u = log(params) - log_centre. params, tokens, loss: at the minimum,
+    None where there is none. problem: the sentence that says why, None for a curve that counts.
+    """
+
+    flops: float
+    names: tuple[str, ...]
+    sizes: tuple[float, ...]
+    tokens_of_sizes: tuple[float, ...]
+    losses: tuple[float, ...]
+    log_centre: float = 0.0
+    coefficients: tuple[float, float, float] | None = None
+    params: float | None = None
+    tokens: float | None = None
+    loss: float | None = None
+    problem: str | None = None
+
+    @property
+    def bracketed(self) -> bool:
+        return self.problem is None
+
+    def __call__(self, params: float) -> float:
+        """The parabola's loss at a model size, nats per token. Raises UserError where none was fitted."""
+        if self.coefficients is None:
+            raise UserError(f"No parabola was fitted at {self.flops:.3g} FLOPs: {self.problem}")
+        return np.polyval(self.coefficients, np.log(params) - self.log_centre)
+
+
+@dataclass(frozen=True)
+class IsoFlop:
+    """All curves, and power laws through the minima of those that are bracketed (None with fewer than two).
+
+    params_law: params = k C^a. tokens_law: tokens = k C^b. loss_law: loss = k C^-c, without a floor.
+    """
+
+    curves: tuple[Curve, ...]
+    params_law: PowerLaw | None
+    tokens_law: PowerLaw | None
+    loss_law: PowerLaw | None
+
+    @property
+    def bracketed(self) -> tuple[Curve, ...]:
+        return tuple(curve for curve in self.curves if curve.bracketed)
+
+
+def by_budget(runs: Iterable[Run], *, tolerance: float = SAME_BUDGET) -> list[list[Run]]:
+    """Runs grouped by FLOPs, smallest budget first: a group spans at most ``tolerance`` (relative)."""
+    groups: list[list[Run]] = []
+    for run in sorted(runs, key=lambda r: r.flops):
+        if groups and run.flops <= groups[-1][0].flops * (1 + tolerance):
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    return groups
+
+
+def fit_isoflop(runs: Iterable[Run], *, parameters: ParameterCount = "total") -> IsoFlop:
+    """Fits every budget's parabola and the power laws through their minima. Runs that cannot be fitted are left out."""
+    good = [run for run in runs if run.problem is None]
+    curves = tuple(fit_curve(group, parameters=parameters) for group in by_budget(good))
+    found = [curve for curve in curves if curve.bracketed]
+    if len(found) < 2:
+        return IsoFlop(curves, None, None, None)
+    flops = [curve.flops for curve in found]
+    laws = [
+        fit_power_law(flops, y=[getattr(c, name) for c in found]) for name in ("params", "tokens", "loss")
+    ]
+    return IsoFlop(curves, *laws)
+
+
+def fit_curve(runs: Sequence[Run], *, parameters: ParameterCount = "total") -> Curve:
+    """The parabola of one budget's runs (loss against log params), checked: at least 3 sizes, opening upward, its
+    vertex strictly inside the sampled sizes. Otherwise ``problem`` says "not bracketed: run sizes ..."."""
+    runs = sorted(runs, key=lambda run: run.count(parameters))
+    sizes = np.array([run.count(parameters) for run in runs], float)
+    losses = np.array([run.loss for run in runs], float)
+    tokens = np.array([run.tokens for run in runs], float)
+    flops = float(np.mean([run.flops for run in runs]))
+    common = {
+        "flops": flops,
+        "names": tuple(run.name for run in runs),
+        "sizes": tuple(sizes.tolist()),
+        "tokens_of_sizes": tuple(tokens.tolist()),
+        "losses": tuple(losses.tolist()),
+    }
+    distinct = len(np.unique(sizes))
+    if distinct < FEWEST_SIZES:
+        advice = (
+            f"run sizes around {sizes[np.argmin(losses)]:,.0f} parameters, at least {FEWEST_SIZES} in all"
+        )
+        return Curve(**common, problem=f"not bracketed: {advice} (there are {distinct}).")
+    centre = float(np.log(sizes).mean())
+    u = np.log(sizes) - centre
+    c2, c1, c0 = (float(c) for c in np.polyfit(u, losses, 2))
+    common |= {"log_centre": centre, "coefficients": (c2, c1, c0)}
+    vertex = -c1 / (2 * c2) if c2 else math.inf
+    problem = _problem(c2, vertex, u, sizes, losses)
+    if problem is not None:
+        return Curve(**common, problem=problem)
+    # Tokens at the vertex from the budget's own runs, so from the exact FLOPs of models of these shapes.
+    unique, first = np.unique(u, return_index=True)
+    tokens_there = math.exp(float(np.interp(vertex, unique, np.log(tokens[first]))))
+    return Curve(
+        **common,
+        params=math.exp(vertex + centre),
+        tokens=tokens_there,
+        loss=float(np.polyval((c2, c1, c0), vertex)),
+    )
+
+
+def _problem(c2: float, vertex: float, u: np.ndarray, sizes: np.ndarray, losses: np.ndarray) -> str | None:
+    spread = max(float(losses.max() - losses.min()), 1e-12)
+    if c2 * float(u.max() - u.min()) ** 2 < 1e-6 * spread:
+        where = int(np.argmin(losses))
+        if where == 0:
+            advice = f"below {sizes[0]:,.0f} parameters"
+        elif where == len(sizes) - 1:
+            advice = f"above {sizes[-1]:,.0f} parameters"
+        else:
+            advice = f"around {sizes[where]:,.0f} parameters"
+        return f"not bracketed: run sizes {advice}, for the parabola does not open upward."
+    if vertex <= float(u.min()):
+        return (
+            f"not bracketed: run sizes below {sizes[0]:,.0f} parameters, where the parabola has its vertex."
+        )
+    if vertex >= float(u.max()):
+        return (
+            f"not bracketed: run sizes above {sizes[-1]:,.0f} parameters, where the parabola has its vertex."
+        )
+    return None
