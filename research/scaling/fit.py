@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fits of the parametric law: variable projection for a start, then a Huber loss on log loss, converged.
 
-Default optimizer tolerances stop early on this problem and return a law that is not the minimum (Besiroglu et al.
-2024), so every fit carries a record of its convergence: restarts that agree and the size of the gradient. What the
-runs do not determine (an exponent at its bound, an E of zero) is named instead of being reported as a finding.
+Default optimizer tolerances stop early on this problem and return a law that is not the minimum (Besiroglu
+et al. 2024), so every fit carries a record of its convergence: restarts that agree and the size of the
+gradient. What the runs do not determine (an exponent at its bound, an E of zero) is named instead of being
+reported as a finding.
 """
 
 import math
@@ -26,9 +27,10 @@ SMALLEST_SHARE = (
 AGREE = 1e-7  # restarts agree when their objectives do, relatively
 GRADIENT = 1e-6  # the largest projected gradient of a converged fit, as Convergence defines it
 ZERO_TERM = (
-    "A and alpha are not identified: the fit puts the term of model size at zero, so these runs show no effect of it.",
-    "B and beta are not identified: the fit puts the term of tokens at zero, so these runs show no effect of them.",
-    "E is not identified: the fit puts it at zero, so these runs do not show where the loss levels off, and the law "
+    "A and alpha are not identified: the fit puts the term of model size at zero: these runs show no effect of it.",
+    "B and beta are not identified: the fit puts the term of tokens at zero: these runs show no effect of them.",
+    "E is not identified: the fit puts it at zero, so these runs do not show where the loss levels off, and "
+    "the law "
     "may not be carried far beyond them.",
 )
 
@@ -74,8 +76,9 @@ class Points:
 
 @dataclass(frozen=True)
 class Convergence:
-    """How the fit ended. gradient_norm: largest projected derivative of the objective (divided by delta and by the
-    number of points) over the law's numbers, in logs. agreeing: restarts within ``AGREE`` of the best objective."""
+    """How the fit ended. gradient_norm: largest projected derivative of the objective (divided by delta and
+    by the number of points) over the law's numbers, in logs. agreeing: restarts within ``AGREE`` of the best
+    objective."""
 
     converged: bool
     restarts: int
@@ -87,8 +90,9 @@ class Convergence:
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted law. objective: the sum of Huber losses of log residuals. residuals: log(predicted / measured), in the
-    order of the points. not_identified: a sentence for every number that the points do not determine."""
+    """A fitted law. objective: the sum of Huber losses of log residuals. residuals: log(predicted /
+    measured), in the order of the points. not_identified: a sentence for every number that the points do not
+    determine."""
 
     law: Chinchilla
     objective: float
@@ -107,7 +111,8 @@ class Fit:
 
 
 def fit_law(points: Points, *, delta: float = 1e-3, restarts: int = 12) -> Fit:
-    """Fits E, A, B, alpha and beta: the sum of Huber(delta) losses of log residuals (Hoffmann et al. 2022, eq. 3).
+    """Fits E, A, B, alpha and beta: the sum of Huber(delta) losses of log residuals (Hoffmann et al. 2022,
+    eq. 3).
 
     The prediction is taken in log-sum-exp form. Raises UserError for fewer than six points, or fewer than two
     distinct params or tokens, with which the law cannot be told from others.
@@ -121,7 +126,7 @@ def fit_law(points: Points, *, delta: float = 1e-3, restarts: int = 12) -> Fit:
     agreeing = int(np.sum(objectives <= best * (1 + AGREE) + 1e-18))
     gradient = problem.projected_gradient(theta)
     converged = gradient <= GRADIENT and (agreeing >= 2 or len(results) == 1)
-    message = f"{agreeing} of {len(results)} starts reach the same minimum; largest projected gradient {gradient:.1e}"
+    message = f"{agreeing} of {len(results)} starts reach the same minimum; projected gradient {gradient:.1e}"
     if not converged:
         message += (
             f"; NOT CONVERGED (a gradient of at most {GRADIENT:.0e} and 2 agreeing starts are asked for)"
@@ -147,8 +152,8 @@ def check_points(points: Points) -> None:
         )
     if min(params, tokens) < 3:
         raise UserError(
-            f"The law needs at least 3 model sizes and 3 lengths of training; the {len(points)} finished runs have "
-            f"{params} and {tokens}: run more sizes at more budgets."
+            f"The law needs at least 3 model sizes and 3 lengths of training; the {len(points)} finished "
+            f"runs have {params} and {tokens}: run more sizes at more budgets."
         )
 
 
@@ -161,7 +166,8 @@ class Interval:
 
 
 def bootstrap(points: Points, *, fit: Fit, resamples: int = 200, seed: int = 0) -> dict[str, Interval]:
-    """95% percentile intervals of the law's numbers, from fits to runs drawn with replacement, started at ``fit``.
+    """95% percentile intervals of the law's numbers, from fits to runs drawn with replacement, started at
+    ``fit``.
 
     Draws with too few distinct runs are drawn again. Few runs make such intervals too narrow, not too wide.
     """
@@ -185,8 +191,8 @@ def bootstrap(points: Points, *, fit: Fit, resamples: int = 200, seed: int = 0) 
 class _Problem:
     """The fit in well-scaled coordinates: theta = (log of each term at the centre of the runs, alpha, beta).
 
-    terms = exp(a - alpha n), exp(b - beta d), exp(e), with n and d the centred logs of params and tokens, so that
-    levels and exponents are nearly independent of one another.
+    terms = exp(a - alpha n), exp(b - beta d), exp(e), with n and d the centred logs of params and tokens, so
+    that levels and exponents are nearly independent of one another.
     """
 
     def __init__(self, points: Points, delta: float) -> None:
@@ -334,7 +340,8 @@ class _Problem:
         return sorted(((self.project(*point)[0], point) for point in grid), key=lambda pair: pair[0])
 
     def project(self, alpha: float, beta: float) -> tuple[float, np.ndarray]:
-        """With alpha and beta fixed the loss is linear in E, A and B: the best non-negative ones, by relative error."""
+        """With alpha and beta fixed the loss is linear in E, A and B: the best non-negative ones, by
+        relative error."""
         weight = np.exp(-self.log_loss)
         columns = np.stack([np.exp(-alpha * self.n), np.exp(-beta * self.d), np.ones_like(self.n)], axis=1)
         levels, error = nnls(columns * weight[:, None], np.ones_like(weight))
@@ -353,6 +360,7 @@ class _Problem:
         ):
             if value <= low * 1.01 or value >= high * 0.99:
                 found.append(
-                    f"{name} is not identified: it stands at the bound {getattr(law, name):.3g} of its search."
+                    f"{name} is not identified: it stands at the bound {getattr(law, name):.3g} of its "
+                    "search."
                 )
         return tuple(found)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """IsoFLOP curves: at each budget a parabola of loss in log params, and how its minimum moves with compute.
 
-Hoffmann et al. 2022, approach 2. A parabola is the true curve only near its minimum: sizes far to one side bend it,
-without any noise, so its minimum is an estimate and the parametric law (``fit``) is the other one.
+Hoffmann et al. 2022, approach 2. A parabola is the true curve only near its minimum: sizes far to one side
+bend it, without any noise, so its minimum is an estimate and the parametric law (``fit``) is the other one.
 """
 
 import math
@@ -21,10 +21,11 @@ SAME_BUDGET = 0.05  # runs whose FLOPs lie within so much of one another share a
 
 @dataclass(frozen=True)
 class Curve:
-    """One budget (the mean FLOPs of its runs): sizes, tokens and losses of its runs, smallest first; and what was found.
+    """One budget (the mean FLOPs of its runs): sizes, tokens and losses of its runs, smallest first; and
+    what was found.
 
-    coefficients: loss = c2 u^2 + c1 u + c0 with u = log(params) - log_centre. params, tokens, loss: at the minimum,
-    None where there is none. problem: the sentence that says why, None for a curve that counts.
+    coefficients: loss = c2 u^2 + c1 u + c0 with u = log(params) - log_centre. params, tokens, loss: at the
+    minimum, None where there is none. problem: the sentence that says why, None for a curve that counts.
     """
 
     flops: float
@@ -79,7 +80,8 @@ def by_budget(runs: Iterable[Run], *, tolerance: float = SAME_BUDGET) -> list[li
 
 
 def fit_isoflop(runs: Iterable[Run], *, parameters: ParameterCount = "total") -> IsoFlop:
-    """Fits every budget's parabola and the power laws through their minima. Runs that cannot be fitted are left out."""
+    """Fits every budget's parabola and the power laws through their minima. Runs that cannot be fitted are
+    left out."""
     good = [run for run in runs if run.problem is None]
     curves = tuple(fit_curve(group, parameters=parameters) for group in by_budget(good))
     found = [curve for curve in curves if curve.bracketed]
@@ -93,8 +95,9 @@ def fit_isoflop(runs: Iterable[Run], *, parameters: ParameterCount = "total") ->
 
 
 def fit_curve(runs: Sequence[Run], *, parameters: ParameterCount = "total") -> Curve:
-    """The parabola of one budget's runs (loss against log params), checked: at least 3 sizes, opening upward, its
-    vertex strictly inside the sampled sizes. Otherwise ``problem`` says "not bracketed: run sizes ..."."""
+    """The parabola of one budget's runs (loss against log params), checked: at least 3 sizes, opening
+    upward, its vertex strictly inside the sampled sizes. Otherwise ``problem`` says "not bracketed: run
+    sizes ..."."""
     runs = sorted(runs, key=lambda run: run.count(parameters))
     sizes = np.array([run.count(parameters) for run in runs], float)
     losses = np.array([run.loss for run in runs], float)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From compute budgets to experiments: which models to run at each budget, and for exactly how long.
 
-A ladder is a set of IsoFLOP curves (Hoffmann et al. 2022, approach 2): at each budget several models, each trained
-for the whole number of steps whose FLOPs come within 1% of the budget. The length of a run is its budget, so a
-schedule that is a share of the run ends where the run ends.
+A ladder is a set of IsoFLOP curves (Hoffmann et al. 2022, approach 2): at each budget several models, each
+trained for the whole number of steps whose FLOPs come within 1% of the budget. The length of a run is its
+budget, so a schedule that is a share of the run ends where the run ends.
 """
 
 import dataclasses
@@ -31,15 +31,17 @@ def isoflop(
     tolerance: float = 0.01,
     min_steps: int = 100,
 ) -> dict[str, Experiment]:
-    """Experiments by name (``c1.6e11-n36k``): every model at every budget (FLOPs), each within ``tolerance`` of it.
+    """Experiments by name (``c1.6e11-n36k``): every model at every budget (FLOPs), each within ``tolerance``
+    of it.
 
-    models: by name, or a sequence, then named by their ``parameters`` count. tokens_per_param: (lowest, highest),
-    leaves out the pairs of model and budget outside. adjust: settings that depend on the model or the budget, such
-    as a learning rate by width; it is handed the experiment with its model and length set, and may change both.
-    min_steps: fewer are refused, for a warm-up that is a share of too few steps bends the small end of the curve.
+    models: by name, or a sequence, then named by their ``parameters`` count. tokens_per_param: (lowest,
+    highest), leaves out the pairs of model and budget outside. adjust: settings that depend on the model or
+    the budget, such as a learning rate by width; it is handed the experiment with its model and length set,
+    and may change both. min_steps: fewer are refused, for a warm-up that is a share of too few steps bends
+    the small end of the curve.
 
-    Raises UserError, naming the nearest budget that works, where a budget gives too few steps to come within the
-    tolerance, fewer than ``min_steps``, or (with tokens_per_param) fewer than three models.
+    Raises UserError, naming the nearest budget that works, where a budget gives too few steps to come within
+    the tolerance, fewer than ``min_steps``, or (with tokens_per_param) fewer than three models.
     """
     labelled, experiments = labels(models, parameters=parameters), {}
     for budget, tag in zip(budgets, budget_labels(budgets), strict=True):
@@ -65,26 +67,28 @@ def isoflop(
 def check_budget(
     experiment: Experiment, *, budget: float, tolerance: float = 0.01, min_steps: int = 100
 ) -> None:
-    """Raises UserError where the run's exact FLOPs miss the budget by more than ``tolerance``, or its steps are few."""
+    """Raises UserError where the run's exact FLOPs miss the budget by more than ``tolerance``, or its steps
+    are few."""
     step = experiment.tokens_per_step * experiment.flops_per_token
     steps, name = round(budget / step), experiment.name
     if steps < min_steps:
         raise UserError(
-            f"{name}: {budget:.4g} FLOPs are {steps} steps of {experiment.tokens_per_step} tokens and at least "
-            f"{min_steps} are needed for a warm-up that does not bend the curve: the nearest budget that works is "
-            f"{min_steps * step:.4g} FLOPs, or use a smaller batch or model, or lower min_steps."
+            f"{name}: {budget:.4g} FLOPs are {steps} steps of {experiment.tokens_per_step} tokens and at "
+            f"least {min_steps} are needed for a warm-up that does not bend the curve: the nearest budget "
+            f"that works is {min_steps * step:.4g} FLOPs, or use a smaller batch or model, or lower "
+            "min_steps."
         )
     if abs(steps * step / budget - 1) > tolerance:
         near = [count for count in (math.floor(budget / step), math.ceil(budget / step)) if count > 0]
         raise UserError(
-            f"{name}: {budget:.4g} FLOPs are {budget / step:.2f} steps, and no whole number of steps comes within "
-            f"{tolerance:.2%}: the nearest budgets that work are "
+            f"{name}: {budget:.4g} FLOPs are {budget / step:.2f} steps, and no whole number of steps comes "
+            f"within {tolerance:.2%}: the nearest budgets that work are "
             f"{' and '.join(f'{count * step:.4g}' for count in near)} FLOPs, or use a smaller batch."
         )
     if abs(experiment.flops / budget - 1) > tolerance:
         raise UserError(
-            f"{name}: the run costs {experiment.flops:.4g} FLOPs and its budget is {budget:.4g}: an adjust function "
-            "must leave the length as it is, or set one that costs the same."
+            f"{name}: the run costs {experiment.flops:.4g} FLOPs and its budget is {budget:.4g}: an adjust "
+            "function must leave the length as it is, or set one that costs the same."
         )
 
 
@@ -99,8 +103,8 @@ def choose(
 ) -> dict[str, Decoder]:
     """The models that a budget (FLOPs) trains for between lowest and highest tokens per parameter.
 
-    Around the expected optimum: 20 tokens per parameter for large models (Hoffmann et al. 2022), so (5, 80) brackets
-    it. Raises UserError for a range that is empty or holds fewer than ``at_least`` models.
+    Around the expected optimum: 20 tokens per parameter for large models (Hoffmann et al. 2022), so (5, 80)
+    brackets it. Raises UserError for a range that is empty or holds fewer than ``at_least`` models.
     """
     low, high = tokens_per_param
     if not 0 < low < high:
@@ -114,8 +118,8 @@ def choose(
     chosen = {label: labelled[label] for label, ratio in ratios.items() if low <= ratio <= high}
     if len(chosen) < at_least:
         raise UserError(
-            f"At {budget:.3g} FLOPs {len(chosen)} of the {len(labelled)} models see {low:g} to {high:g} tokens per "
-            f"parameter and {at_least} are needed (the models see {min(ratios.values()):.3g} to "
+            f"At {budget:.3g} FLOPs {len(chosen)} of the {len(labelled)} models see {low:g} to {high:g} "
+            f"tokens per parameter and {at_least} are needed (the models see {min(ratios.values()):.3g} to "
             f"{max(ratios.values()):.3g}): widen the range, add sizes or change the budget."
         )
     return chosen
@@ -124,7 +128,8 @@ def choose(
 def around(
     models: Models, *, params: float, sizes: int = 5, parameters: ParameterCount = "total"
 ) -> dict[str, Decoder]:
-    """The ``sizes`` models nearest to an expected optimum (params), in logs, some on either side, smallest first.
+    """The ``sizes`` models nearest to an expected optimum (params), in logs, some on either side, smallest
+    first.
 
     Raises UserError where the models do not bracket the optimum.
     """
@@ -134,8 +139,8 @@ def around(
     above = sorted((d for d in distance if distance[d] >= 0), key=lambda d: distance[d])
     if not below or not above:
         raise UserError(
-            f"An optimum of {params:.3g} parameters lies outside the {len(labelled)} models given: add models "
-            f"{'below' if not below else 'above'} it."
+            f"An optimum of {params:.3g} parameters lies outside the {len(labelled)} models given: add "
+            f"models {'below' if not below else 'above'} it."
         )
     side = max(1, sizes // 2)
     first = below[: max(side, sizes - len(above))]
@@ -153,9 +158,9 @@ def grid(
 ) -> tuple[Decoder, ...]:
     """``base`` at several widths: heads of ``head_dim``, d_ff = ff_ratio d_model, d_model / aspect layers.
 
-    d_ff is rounded to a multiple of 8 and the layers to a whole number, at least 1. A base with grouped kv heads
-    keeps its group size where it divides, else every head has its own. Raises UserError for a width that does
-    not split into heads.
+    d_ff is rounded to a multiple of 8 and the layers to a whole number, at least 1. A base with grouped kv
+    heads keeps its group size where it divides, else every head has its own. Raises UserError for a width
+    that does not split into heads.
     """
     models = []
     for d_model in d_models:
@@ -177,7 +182,7 @@ def grid(
 
 def geometric(first: float, *, last: float, count: int) -> tuple[float, ...]:
     """``count`` numbers from first to last at equal ratios, e.g. budgets in FLOPs."""
-    if not (0 < first and 0 < last and count >= 1):
+    if not (first > 0 and last > 0 and count >= 1):
         raise UserError(
             f"geometric needs positive ends and a count of at least 1; given {first}, {last}, {count}."
         )
@@ -206,7 +211,8 @@ def count(model: Decoder, *, parameters: ParameterCount = "total") -> int:
 
 
 def labels(models: Models, *, parameters: ParameterCount = "total") -> dict[str, Decoder]:
-    """Models by label: a mapping as it is, a sequence as ``n36k``, ``n1.2M`` with as many digits as tell them apart."""
+    """Models by label: a mapping as it is, a sequence as ``n36k``, ``n1.2M`` with as many digits as tell
+    them apart."""
     if isinstance(models, Mapping):
         return dict(models)
     counts = [count(model, parameters=parameters) for model in models]

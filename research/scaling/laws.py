@@ -45,7 +45,8 @@ class PowerLaw:
 
 @dataclass(frozen=True)
 class Allocation:
-    """How a budget is spent: a model of ``params`` on ``tokens``, with the loss that a law expects (nats per token)."""
+    """How a budget is spent: a model of ``params`` on ``tokens``, with the loss that a law expects (nats per
+    token)."""
 
     flops: float
     params: float
@@ -54,7 +55,8 @@ class Allocation:
 
 
 def fit_power_law(x: Any, *, y: Any) -> PowerLaw:
-    """Least squares in logs. Raises UserError for fewer than two distinct x or for values that are not positive."""
+    """Least squares in logs. Raises UserError for fewer than two distinct x or for values that are not
+    positive."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     if not (np.all(np.isfinite(x)) and np.all(np.isfinite(y)) and np.all(x > 0) and np.all(y > 0)):
         raise UserError("A power law is fitted to finite positive numbers only: leave the other points out.")
@@ -82,8 +84,8 @@ def closed_form_optimum(law: Chinchilla, *, flops: float) -> Allocation:
 def optimum(law: Chinchilla, *, flops: float, flops_per_token: FlopsPerToken = six_per_param) -> Allocation:
     """The params that minimise the law's loss when a budget is spent at ``flops_per_token(params)``.
 
-    ``flops_per_token`` may be any increasing function of params (attention and head included). Raises UserError
-    for a budget that is not positive, or where the law sees no trade-off between params and tokens.
+    ``flops_per_token`` may be any increasing function of params (attention and head included). Raises
+    UserError for a budget that is not positive, or where the law sees no trade-off between params and tokens.
     """
     if not (math.isfinite(flops) and flops > 0):
         raise UserError(f"A budget must be a positive number of FLOPs; given {flops}.")
@@ -96,8 +98,9 @@ def optimum(law: Chinchilla, *, flops: float, flops_per_token: FlopsPerToken = s
     best = int(np.argmin([loss(point) for point in grid]))
     if best in (0, len(grid) - 1):
         raise UserError(
-            f"The law ({law}) has no compute-optimal model size at {flops:.3g} FLOPs: its loss only falls towards "
-            f"{'smaller' if best == 0 else 'larger'} models, so fit it on runs that bracket the optimum."
+            f"The law ({law}) has no compute-optimal model size at {flops:.3g} FLOPs: its loss only falls "
+            f"towards {'smaller' if best == 0 else 'larger'} models, so fit it on runs that bracket the "
+            "optimum."
         )
     params = math.exp(_golden_section(loss, low=grid[best - 1], high=grid[best + 1]))
     tokens = flops / flops_per_token(params)

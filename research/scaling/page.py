@@ -10,8 +10,8 @@ from typing import Any
 from research.scaling.table import COLUMNS, Table
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1080px; margin: 2rem auto; padding: 0
+1rem; } h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 img { max-width: 100%; height: auto; } code { background: #f3f3f3; padding: .1em .3em; }
 .law { font-size: 1.25rem; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
@@ -102,9 +102,10 @@ def _held_out(held_out: Mapping[str, Any] | None) -> str:
     ]
     names = ("run", "params", "tokens", "measured", "predicted", "error")
     facts = (
-        f"Fitted to {held_out['num_runs']} runs below {held_out['flops']:.3g} FLOPs. Carrying the best loss of "
-        f"{held_out['carried_flops']:.3g} FLOPs ({held_out['carried_loss']:.4f}) forward is off by "
-        f"{held_out['carried_error']:+.4f} on the best held-out run, the law by {held_out['best_error']:+.4f}."
+        f"Fitted to {held_out['num_runs']} runs below {held_out['flops']:.3g} FLOPs. Carrying the best loss "
+        f"of {held_out['carried_flops']:.3g} FLOPs ({held_out['carried_loss']:.4f}) forward is off by "
+        f"{held_out['carried_error']:+.4f} on the best held-out run, the law by "
+        f"{held_out['best_error']:+.4f}."
     )
     return f"<h2>Held-out budget</h2>{_table(names, rows)}<p>{facts}</p>"
 

@@ -2,8 +2,8 @@
 """The pictures of a scaling study, as PNG bytes: loss against compute, IsoFLOP curves, the optimum, the law.
 
 Compute budgets and model sizes are ordered, so they are told apart by one colour scale that stays readable to
-colour-blind readers and in grey (viridis), and by markers; single series use the palette of Okabe and Ito (2008).
-Figures are drawn without pyplot, so no display and no global state are touched.
+colour-blind readers and in grey (viridis), and by markers; single series use the palette of Okabe and Ito
+(2008). Figures are drawn without pyplot, so no display and no global state are touched.
 """
 
 import io
@@ -77,8 +77,8 @@ def loss_against_compute(
     reach: float = 1.0,
     parameters: ParameterCount = "total",
 ) -> None:
-    """Every run's training curve (where given) and final loss, coloured by model size; the law's best loss at each
-    budget as a dashed line, carried to ``reach`` times the largest budget."""
+    """Every run's training curve (where given) and final loss, coloured by model size; the law's best loss
+    at each budget as a dashed line, carried to ``reach`` times the largest budget."""
     import matplotlib
     from matplotlib.colors import LogNorm
 
@@ -194,7 +194,8 @@ def law_against_runs(
     held_out: HeldOut | None = None,
     parameters: ParameterCount = "total",
 ) -> None:
-    """Predicted against measured loss with a band of 3%; the held-out budget as the fit without it predicts it."""
+    """Predicted against measured loss with a band of 3%; the held-out budget as the fit without it predicts
+    it."""
     out = {p.name for p in held_out.predictions} if held_out is not None else set()
     groups = by_budget(runs)
     for index, (group, colour) in enumerate(zip(groups, _ordered(len(groups)), strict=True)):

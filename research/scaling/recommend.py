@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What to train next: the compute-optimal model and its tokens for a budget, and how far to believe it.
 
-The held-out test leaves the largest budget out of the fit and predicts its runs. Its standard: every held-out run is
-predicted within 3% of its loss, and the best of them within a third of the error of carrying the previous budget's
-best loss forward.
+The held-out test leaves the largest budget out of the fit and predicts its runs. Its standard: every
+held-out run is predicted within 3% of its loss, and the best of them within a third of the error of carrying
+the previous budget's best loss forward.
 """
 
 import math
@@ -24,8 +24,8 @@ SHARE_OF_CARRYING = 1 / 3
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A budget's model (params), its tokens and expected loss (nats per token). reach: flops over the largest budget
-    that was run; above 1 it extrapolates, and the sentence says so."""
+    """A budget's model (params), its tokens and expected loss (nats per token). reach: flops over the
+    largest budget that was run; above 1 it extrapolates, and the sentence says so."""
 
     flops: float
     params: float
@@ -59,8 +59,8 @@ class Prediction:
 class HeldOut:
     """The test on the largest budget (flops). carried_loss: the previous budget's best loss.
 
-    ratio: the law's absolute error on the best held-out run over that of the carried loss. mean_ratio: the same for
-    the mean absolute errors over all held-out runs.
+    ratio: the law's absolute error on the best held-out run over that of the carried loss. mean_ratio: the
+    same for the mean absolute errors over all held-out runs.
     """
 
     flops: float
@@ -100,10 +100,11 @@ class HeldOut:
         best = self.best
         return (
             f"Fitted without the largest budget ({self.flops:.3g} FLOPs), the law predicts its "
-            f"{len(self.predictions)} runs within {self.largest_relative_error:.2%} of their loss (3% is the standard) "
-            f"and the best of them ({best.name}: {best.measured:.4f}) as {best.predicted:.4f}, an error "
-            f"{self.ratio:.2f} times that of carrying the previous budget's best loss ({self.carried_loss:.4f}) "
-            f"forward (a third is the standard): the test is {'passed' if self.passed else 'NOT passed'}."
+            f"{len(self.predictions)} runs within {self.largest_relative_error:.2%} of their loss (3% is "
+            f"the standard) and the best of them ({best.name}: {best.measured:.4f}) as "
+            f"{best.predicted:.4f}, an error {self.ratio:.2f} times that of carrying the previous budget's "
+            f"best loss ({self.carried_loss:.4f}) forward (a third is the standard): the test is "
+            f"{'passed' if self.passed else 'NOT passed'}."
         )
 
 
@@ -112,7 +113,8 @@ def recommend(
 ) -> Recommendation:
     """The law's compute-optimal model at a budget, with FLOPs per token as a function of params.
 
-    largest_flops: the largest budget of the runs behind the law. Raises UserError where the law has no optimum.
+    largest_flops: the largest budget of the runs behind the law. Raises UserError where the law has no
+    optimum.
     """
     best = optimum(law, flops=flops, flops_per_token=flops_per_token)
     return _recommendation(flops, best.params, best.tokens, best.loss, largest_flops, "law")
@@ -127,8 +129,8 @@ def recommend_from_isoflop(
     """
     if found.params_law is None or found.loss_law is None:
         raise UserError(
-            f"The IsoFLOP curves recommend nothing: {len(found.bracketed)} of {len(found.curves)} budgets bracket their "
-            "optimum and 2 are needed; run the sizes that the report names."
+            f"The IsoFLOP curves recommend nothing: {len(found.bracketed)} of {len(found.curves)} budgets "
+            "bracket their optimum and 2 are needed; run the sizes that the report names."
         )
     params = float(found.params_law(flops))
     tokens, loss = flops / flops_per_token(params), float(found.loss_law(flops))
@@ -142,8 +144,8 @@ def _recommendation(
     subject = "the law recommends" if source == "law" else "the IsoFLOP minima recommend"
     sentence = (
         f"For {flops:.3g} FLOPs ({reach:.3g}x the largest budget) {subject} a model of {_count(params)} "
-        f"parameters trained on {_count(tokens)} tokens ({tokens / params:.3g} per parameter), with an expected loss of "
-        f"{loss:.3f} nats per token"
+        f"parameters trained on {_count(tokens)} tokens ({tokens / params:.3g} per parameter), with an "
+        f"expected loss of {loss:.3f} nats per token"
     )
     if reach > 1.01:
         sentence += f"; this extrapolates {reach:.3g}x beyond the runs"
@@ -158,7 +160,8 @@ def hold_out(runs: Iterable[Run], *, parameters: ParameterCount = "total", delta
     groups = by_budget(run for run in runs if run.problem is None)
     if len(groups) < 3:
         raise UserError(
-            f"The held-out test needs runs at 3 budgets or more, to fit without the largest; there are {len(groups)}."
+            "The held-out test needs runs at 3 budgets or more, to fit without the largest; there are "
+            f"{len(groups)}."
         )
     *kept, last = groups
     fit = fit_law(Points.of([run for group in kept for run in group], parameters=parameters), delta=delta)
@@ -178,8 +181,8 @@ def hold_out(runs: Iterable[Run], *, parameters: ParameterCount = "total", delta
 
 @dataclass(frozen=True)
 class CostModel:
-    """Training FLOPs per token as a power law of params, through the runs' own. largest_error: the worst relative
-    error over the runs."""
+    """Training FLOPs per token as a power law of params, through the runs' own. largest_error: the worst
+    relative error over the runs."""
 
     law: PowerLaw
     largest_error: float

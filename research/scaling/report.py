@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one call of a study's ``analyze``: fits, the held-out test, pictures, ``law.json`` and a report in one page."""
+"""The one call of a study's ``analyze``: fits, the held-out test, pictures, ``law.json`` and a report in one
+page."""
 
 import dataclasses
 import json
@@ -27,9 +28,9 @@ FEWEST_BUDGETS = 2
 CONVENTIONS = {
     "loss": "validation loss at the end of the run, nats per token",
     "flops": (
-        "training FLOPs of matrix products, a multiply and an add counted as two: forward and backward, attention over "
-        "the full square of positions and the output head included; embedding look-ups, norms, softmax, activations "
-        "and recomputation not (research/scaling/cost.py)"
+        "training FLOPs of matrix products, a multiply and an add counted as two: forward and backward, "
+        "attention over the full square of positions and the output head included; embedding look-ups, "
+        "norms, softmax, activations and recomputation not (research/scaling/cost.py)"
     ),
     "tokens": "training tokens: steps x rows x sequence length",
     "budget": "runs whose FLOPs lie within 5% of one another share a budget",
@@ -44,8 +45,8 @@ PARAMETER_CONVENTION = {
 class Conclusion:
     """What a study found. held_out, from_law and from_isoflop are None where ``remarks`` says why not.
 
-    from_law, from_isoflop: recommendations for ``target_flops``. intervals: 95% bootstrap, by name of the law's
-    numbers. excluded: runs left out of every fit, with the reason. remarks: what a reader must know.
+    from_law, from_isoflop: recommendations for ``target_flops``. intervals: 95% bootstrap, by name of the
+    law's numbers. excluded: runs left out of every fit, with the reason. remarks: what a reader must know.
     """
 
     fit: Fit
@@ -84,14 +85,14 @@ def write_report(
 ) -> Conclusion:
     """Fits a study's runs and writes table.csv, law.json, report.html and the pictures into ``out``.
 
-    curves: training curves by run's name, [(training FLOPs, loss), ...]. parameters: which count stands in the law:
-    "total" (as Hoffmann et al. 2022), or "non_embedding" (as Kaplan et al. 2020), which changes the exponents of
-    small models. target_flops: the budget to recommend for; by default 10 times the largest. flops_per_token: training
-    FLOPs per token as a function of params; by default a power law through the runs' own. delta: of the Huber loss.
-    resamples: bootstrap fits behind the intervals (0: none).
+    curves: training curves by run's name, [(training FLOPs, loss), ...]. parameters: which count stands in
+    the law: "total" (as Hoffmann et al. 2022), or "non_embedding" (as Kaplan et al. 2020), which changes the
+    exponents of small models. target_flops: the budget to recommend for; by default 10 times the largest.
+    flops_per_token: training FLOPs per token as a function of params; by default a power law through the
+    runs' own. delta: of the Huber loss. resamples: bootstrap fits behind the intervals (0: none).
 
-    Runs that failed, diverged, are unfinished or have no finite loss are left out, and named. table.csv is written
-    first. Raises UserError where fewer than six runs, three sizes or two budgets are left.
+    Runs that failed, diverged, are unfinished or have no finite loss are left out, and named. table.csv is
+    written first. Raises UserError where fewer than six runs, three sizes or two budgets are left.
     """
     out = Path(out)
     write_csv(table, out / "table.csv")
@@ -139,8 +140,8 @@ def _check(runs: list[Run], table: Table, parameters: ParameterCount) -> None:
     budgets = len(by_budget(runs))
     if budgets < FEWEST_BUDGETS:
         raise UserError(
-            f"A law needs finished runs at {FEWEST_BUDGETS} compute budgets or more; {len(runs)} of {len(table)} runs "
-            f"are finished, at {budgets}: run more of the ladder."
+            f"A law needs finished runs at {FEWEST_BUDGETS} compute budgets or more; {len(runs)} of "
+            f"{len(table)} runs are finished, at {budgets}: run more of the ladder."
         )
     bad = next((run for run in runs if run.count(parameters) <= 0), None)
     if bad is not None:

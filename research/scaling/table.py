@@ -28,9 +28,9 @@ class Run:
     """One run. None stands for what was not measured (an empty cell).
 
     params: all parameters, embedding tables and head included. non_embedding_params: without both.
-    tokens: training tokens. flops: training FLOPs (``research.scaling.cost``). loss: validation loss at the end of
-    the run, nats per token. bits_per_byte: the same in bits per byte of text. seconds: wall-clock time.
-    corpus_bytes, corpus_hash: size and content hash of the training text.
+    tokens: training tokens. flops: training FLOPs (``research.scaling.cost``). loss: validation loss at the
+    end of the run, nats per token. bits_per_byte: the same in bits per byte of text. seconds: wall-clock
+    time. corpus_bytes, corpus_hash: size and content hash of the training text.
     """
 
     name: str
@@ -132,8 +132,8 @@ def _values(run: Run) -> list[Any]:
 def read_csv(path: Path | str) -> Table:
     """Reads a table. The corpus columns may be left out, and columns of other names are passed over.
 
-    Raises UserError for a file that is absent or empty, a missing column, a cell that is not a number, an unknown
-    status or a name that comes twice.
+    Raises UserError for a file that is absent or empty, a missing column, a cell that is not a number, an
+    unknown status or a name that comes twice.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:

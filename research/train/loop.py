@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from research.core import sharding
 from research.core.types import Context, Eval, EvalRun, Stream
@@ -84,11 +85,13 @@ def train(
 ) -> None:
     """Steps from where ``state`` stands to the experiment's end."""
     experiment, total = program.experiment, program.experiment.steps
+    clock, optimizer = experiment.clock, experiment.optimizer
     frozen = {name: program.load(init) for name, init in experiment.frozen.items()}
     for index in range(int(state.step), total):
         batch = stream.next(program.bind(state), index)
         with monitor.traced(index):
-            state, measured = program.step(state, frozen, batch)
+            rate = np.float32(optimizer.learning_rate(clock, index))
+            state, measured = program.step(state, frozen, batch, rate)
             now = index + 1
             monitor.watch(now, measured)
         leaving = interrupt.signum is not None and now < total

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from research.core.types import Array, UserError
+from research.core.types import UserError
 
 
 @dataclass(frozen=True)
@@ -83,30 +82,31 @@ class Schedule:
     decay: Tokens | Flops | Steps | Share = field(default_factory=lambda: Share(0.2))
     final: float = 0.1
 
-    def value(self, peak: float, clock: Clock, step: Array) -> Array:
+    def value(self, peak: float, clock: Clock, step: int) -> float:
         """The learning rate of step ``step`` (from 0). The last step, total - 1, is at ``final * peak``."""
         total = clock.total
         warmup = min(clock.steps(self.warmup), max(0, total - 1))
         start = max(warmup, total - clock.steps(self.decay)) if self.shape == "wsd" else warmup
-        t = jnp.asarray(step, jnp.float32)
-        done = jnp.clip((t - start) / max(1, total - 1 - start), 0.0, 1.0)
+        done = min(1.0, max(0.0, (step - start) / max(1, total - 1 - start)))
         if self.shape == "cosine":
-            shape = self.final + (1 - self.final) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+            shape = self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
         elif self.shape == "constant":
-            shape = jnp.ones_like(done)
+            shape = 1.0
         else:
             shape = 1 - (1 - self.final) * done
-        return peak * shape * jnp.minimum(1.0, (t + 1) / max(1, warmup))
+        return peak * shape * min(1.0, (step + 1) / max(1, warmup))
 
 
 class Optimizer(Protocol):
-    """A frozen description of an optimizer."""
+    """A frozen description of an optimizer.
 
-    def build(self, shapes: Any, logical_axes: Any, *, clock: Clock) -> optax.GradientTransformation: ...
+    The transformation turns gradients into a direction; the step subtracts learning rate times direction. The
+    rate comes from the host, so that runs that differ in length or rate alone share one compiled program.
+    """
 
-    def learning_rate(self, clock: Clock, step: Array) -> Array:
-        """The rate applied at ``step``, for the record."""
-        ...
+    def build(self, shapes: Any, logical_axes: Any) -> optax.GradientTransformation: ...
+
+    def learning_rate(self, clock: Clock, step: int) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -125,23 +125,16 @@ class AdamW:
     weight_decay: float = 0.1
     clip: float = 1.0
 
-    def learning_rate(self, clock: Clock, step: Array) -> Array:
+    def learning_rate(self, clock: Clock, step: int) -> float:
         return self.schedule.value(self.peak, clock, step)
 
-    def build(self, shapes: Any, logical_axes: Any, *, clock: Clock) -> optax.GradientTransformation:
-        decayed = decay_mask(logical_axes)
-        parts = [optax.clip_by_global_norm(self.clip)] if self.clip else []
-        parts.append(
-            optax.adamw(
-                lambda count: self.learning_rate(clock, count),
-                b1=self.b1,
-                b2=self.b2,
-                eps=self.eps,
-                weight_decay=self.weight_decay,
-                mask=decayed,
-            )
+    def build(self, shapes: Any, logical_axes: Any) -> optax.GradientTransformation:
+        del shapes
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip) if self.clip else optax.identity(),
+            optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps),
+            optax.add_decayed_weights(self.weight_decay, mask=decay_mask(logical_axes)),
         )
-        return optax.chain(*parts)
 
 
 @dataclass(frozen=True)
@@ -151,11 +144,12 @@ class Sgd:
     peak: float = 0.1
     schedule: Schedule = field(default_factory=lambda: Schedule(shape="constant", warmup=Steps(0)))
 
-    def learning_rate(self, clock: Clock, step: Array) -> Array:
+    def learning_rate(self, clock: Clock, step: int) -> float:
         return self.schedule.value(self.peak, clock, step)
 
-    def build(self, shapes: Any, logical_axes: Any, *, clock: Clock) -> optax.GradientTransformation:
-        return optax.sgd(lambda count: self.learning_rate(clock, count))
+    def build(self, shapes: Any, logical_axes: Any) -> optax.GradientTransformation:
+        del shapes, logical_axes
+        return optax.identity()
 
 
 def decay_mask(logical_axes: Any) -> Any:

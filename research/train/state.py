@@ -30,10 +30,10 @@ class TrainState(NamedTuple):
 
 
 def transformation(experiment: Experiment) -> optax.GradientTransformation:
-    """The experiment's optimizer, its schedule ending where the run ends."""
-    model = experiment.model
-    shapes = model.shapes(experiment.precision)
-    return experiment.optimizer.build(shapes, model.logical_axes(), clock=experiment.clock)
+    """The experiment's optimizer, its groups chosen by the model's logical axes."""
+    return experiment.optimizer.build(
+        experiment.model.shapes(experiment.precision), experiment.model.logical_axes()
+    )
 
 
 def fresh(experiment: Experiment, tx: optax.GradientTransformation) -> TrainState:

@@ -14,17 +14,16 @@ from research.models.bound import Bound
 from research.train.experiment import Experiment
 from research.train.state import TrainState
 
-Step = Callable[[TrainState, Mapping[str, Bound], Batch], tuple[TrainState, Metrics]]
+Step = Callable[[TrainState, Mapping[str, Bound], Batch, Array], tuple[TrainState, Metrics]]
 
 
 def make_step(experiment: Experiment, tx: optax.GradientTransformation, *, platform: str) -> Step:
-    """step(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
+    """step(state, frozen, batch, learning_rate) -> (state, metrics), to be jitted with the state donated.
 
     Each loss term is divided by its weight summed over the whole global batch, so that microbatches and shards
     add up to exactly the gradient of the whole.
     """
     model, objective, microbatches = experiment.model, experiment.objective, experiment.accumulate
-    clock = experiment.clock
 
     def loss(params: Params, buffers: Params, frozen: Mapping[str, Bound], batch: Batch, key: Array) -> Loss:
         policy = model.bind(params, buffers, experiment.precision, platform=platform)
@@ -68,19 +67,23 @@ def make_step(experiment: Experiment, tx: optax.GradientTransformation, *, platf
         }
         return gradients, result._replace(terms=terms)
 
-    def step(state: TrainState, frozen: Mapping[str, Bound], batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, frozen: Mapping[str, Bound], batch: Batch, learning_rate: Array
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         if microbatches == 1:
             gradients, result = gradient(state, frozen, batch, key, None)
         else:
             gradients, result = accumulated(state, frozen, batch, key)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        directions, opt_state = tx.update(gradients, state.opt_state, state.params)
+        params = jax.tree.map(
+            lambda p, d: (p - learning_rate * d.astype(jnp.float32)).astype(p.dtype), state.params, directions
+        )
         ema = state.ema
         if ema is not None:
             ema = jax.tree.map(lambda old, new: experiment.ema * old + (1 - experiment.ema) * new, ema, params)
         metrics = summarise(result)
-        metrics["learning_rate"] = experiment.optimizer.learning_rate(clock, state.step)
+        metrics["learning_rate"] = learning_rate
         metrics |= norms("grad_norm", gradients) | norms("param_norm", params)
         new = TrainState(
             step=state.step + 1,
