@@ -24,6 +24,8 @@ T = TypeVar("T")
 ALWAYS_HASH_BYTES = 64 << 20
 CHECKSUM_BLOCK = 1 << 20
 CHECKSUM_BLOCKS = 64
+# What reading a folder raises when it does not hold what was written.
+DAMAGE = (ValueError, KeyError, IndexError, TypeError, EOFError, FileNotFoundError)
 
 _hashes: dict[str, str] = {}
 
@@ -37,25 +39,36 @@ def cached_folder(folder: Path, *, build: Callable[[Path], None], load: Callable
 
     build: fills an empty folder; it is handed a temporary one that gets its name only when it is complete,
         so that a killed process or a full disk leaves nothing that is later taken for whole.
-    load: reads the folder and raises ValueError, KeyError or OSError where it is not what was written.
+    load: reads the folder and raises one of ``DAMAGE`` where it is not what was written.
     """
     if folder.exists():
         try:
             return load(folder)
-        except (ValueError, KeyError, OSError) as error:
+        except DAMAGE as error:
             logging.warning("The cached %s is damaged (%s) and is made anew.", folder, error)
             _discard(folder)
+        except OSError as error:
+            raise CacheError(
+                f"The cache folder {folder} cannot be read ({error.strerror}): mend its permissions or disk, "
+                "or choose another cache folder."
+            ) from error
     with _new_folder(folder) as temporary:
         build(temporary)
+        _check(temporary, folder, load)
         try:
             os.rename(temporary, folder)
         except OSError as error:
             # Another process finished the same folder first; its content is the same by construction.
             if not folder.exists() or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
+    return _check(folder, folder, load)
+
+
+def _check(place: Path, folder: Path, load: Callable[[Path], T]) -> T:
+    """Loads what has just been written, which must succeed before it gets its name."""
     try:
-        return load(folder)
-    except (ValueError, KeyError, OSError) as error:
+        return load(place)
+    except DAMAGE as error:
         raise CacheError(
             f"The cache folder {folder} does not read back as it was written ({error}): check that disk, "
             "or choose another cache folder."
@@ -69,7 +82,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise CacheError(
                 f"The disk is full while writing {folder}: free some space or choose another cache folder."
             ) from error

@@ -7,6 +7,7 @@ and every transition of the stream is a target exactly once; those into another 
 """
 
 import dataclasses
+import io
 import json
 import threading
 from collections.abc import Iterable, Iterator
@@ -69,20 +70,23 @@ def write_tokens(folder: Path, documents: Iterable[str], *, tokenizer: Tokenizer
         for batch in _batches(documents):
             for ids in tokenizer.encode_batch(batch):
                 document = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]])
-                document.astype(dtype).tofile(file)
+                file.write(document.astype(dtype).tobytes())  # ndarray.tofile does not report a full disk
                 lengths.append(len(document))
                 num_bytes += int(tokenizer.token_bytes[ids].sum())
     if not num_bytes:
         raise PackingError(f"The {split} split holds no text: add text or change the split's share.")
-    np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    buffer = io.BytesIO()
+    np.save(buffer, offsets)
+    (folder / "offsets.npy").write_bytes(buffer.getvalue())
     flat = np.memmap(folder / "tokens.bin", dtype, mode="r")
     record = {"dtype": dtype.str, "tokens": len(flat), "bytes": num_bytes, "checksum": checksum(flat)}
-    record["offsets"] = checksum(np.load(folder / "offsets.npy"))
+    record["offsets"] = checksum(offsets)
     (folder / "meta.json").write_text(json.dumps(record))
 
 
 def read_tokens(folder: Path) -> Tokens:
-    """Opens what ``write_tokens`` wrote. Raises ValueError, KeyError or OSError where it is damaged."""
+    """Opens what ``write_tokens`` wrote. Raises one of ``cache.DAMAGE`` where it is damaged."""
     record = json.loads((folder / "meta.json").read_text())
     flat = np.memmap(folder / "tokens.bin", np.dtype(record["dtype"]), mode="r")
     offsets = np.load(folder / "offsets.npy")

@@ -146,7 +146,7 @@ class TextStream:
 
     A batch holds [batch_size, sequence_length] arrays: ``tokens``, ``targets``, ``segment_ids`` (from 1 in
     each row; 0 is padding), ``positions`` (from 0 in each piece of a document), int32; and float32
-    ``weights`` (1 where the target counts) and ``target_bytes`` (UTF-8 bytes of a target that counts, else 0).
+    ``weights`` (1 where the target counts) and ``target_bytes`` (the target's UTF-8 bytes, if it counts).
 
     num_batches: batches of a stream in order; None where the stream is endless.
     """

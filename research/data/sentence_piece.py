@@ -100,9 +100,9 @@ class SentencePiece:
                 f"A SentencePiece vocabulary needs at least {SMALLEST} ids (specials and bytes: 260); given "
                 f"vocab_size={self.vocab_size}: choose more, or use Bytes."
             )
-        if not 0.9 <= self.character_coverage <= 1 or self.sample_bytes < 1000:
+        if not 0.98 <= self.character_coverage <= 1 or self.sample_bytes < 1000:
             raise TokenizerError(
-                f"character_coverage must lie in 0.9 to 1 and sample_bytes be at least 1000; given "
+                f"character_coverage must lie in 0.98 to 1 and sample_bytes be at least 1000; given "
                 f"{self.character_coverage} and {self.sample_bytes}."
             )
 
@@ -159,7 +159,7 @@ class SentencePiece:
         if least:
             return (
                 f"A vocabulary of {self.vocab_size} cannot hold the text's characters: set vocab_size to "
-                f"more than {least[1]}, or lower character_coverage."
+                f"{least[1]} or more, or lower character_coverage."
             )
         if most or "sentences_.empty()" in message:
             return (

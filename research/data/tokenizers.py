@@ -140,7 +140,7 @@ def tokenizer_folder(spec: TokenizerSpec, corpus: Corpus, *, cache_dir: Path) ->
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Reads what ``Tokenizer.save`` wrote. Raises ValueError, KeyError or OSError where it is damaged."""
+    """Reads what ``Tokenizer.save`` wrote. Raises one of ``cache.DAMAGE`` where it is damaged."""
     record = json.loads((Path(folder) / "tokenizer.json").read_text())
     kinds = {cls.kind: cls for cls in (ByteTokenizer, CharacterTokenizer, SentencePieceTokenizer)}
     pieces = [base64.b64decode(piece) for piece in record["pieces"]]

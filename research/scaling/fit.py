@@ -21,17 +21,14 @@ from research.scaling.table import ParameterCount, Run
 
 FEWEST_RUNS = 6  # one more than the law has numbers
 EXPONENTS = (0.02, 2.0)  # where alpha and beta are looked for
-SMALLEST_SHARE = (
-    1e-5  # a term's least share of the loss, at the centre of the runs: below it the term is zero
-)
+SMALLEST_SHARE = 1e-5  # of the loss at the centre of the runs: a term as small as this is zero
 AGREE = 1e-7  # restarts agree when their objectives do, relatively
 GRADIENT = 1e-6  # the largest projected gradient of a converged fit, as Convergence defines it
 ZERO_TERM = (
-    "A and alpha are not identified: the fit puts the term of model size at zero: these runs show no effect of it.",
-    "B and beta are not identified: the fit puts the term of tokens at zero: these runs show no effect of them.",
+    "A and alpha are not identified: the fit puts the term of model size at zero, as if size had no effect.",
+    "B and beta are not identified: the fit puts the term of tokens at zero, as if they had no effect.",
     "E is not identified: the fit puts it at zero, so these runs do not show where the loss levels off, and "
-    "the law "
-    "may not be carried far beyond them.",
+    "the law may not be carried far beyond them.",
 )
 
 
@@ -351,16 +348,9 @@ class _Problem:
     # --- what the points do not say
 
     def not_identified(self, theta: np.ndarray) -> tuple[str, ...]:
-        found, law = [], self.law(theta)
-        for share, sentence in zip(np.exp(theta[:3] - self.log_loss.mean()), ZERO_TERM, strict=True):
-            if share < 1e-3:
-                found.append(sentence)
-        for name, value, low, high in zip(
-            ("alpha", "beta"), theta[3:], self.low[3:], self.high[3:], strict=True
-        ):
-            if value <= low * 1.01 or value >= high * 0.99:
-                found.append(
-                    f"{name} is not identified: it stands at the bound {getattr(law, name):.3g} of its "
-                    "search."
-                )
+        zero = np.exp(theta[:3] - self.log_loss.mean()) < 1e-3
+        found = [sentence for is_zero, sentence in zip(zero, ZERO_TERM, strict=True) if is_zero]
+        for name, value, term_is_zero in zip(("alpha", "beta"), theta[3:], zero[:2], strict=True):
+            if not term_is_zero and not EXPONENTS[0] * 1.01 < value < EXPONENTS[1] * 0.99:
+                found.append(f"{name} is not identified: it stands at the bound {value:.3g} of its search.")
         return tuple(found)

@@ -136,8 +136,8 @@ def fit_curve(runs: Sequence[Run], *, parameters: ParameterCount = "total") -> C
 
 
 def _problem(c2: float, vertex: float, u: np.ndarray, sizes: np.ndarray, losses: np.ndarray) -> str | None:
-    spread = max(float(losses.max() - losses.min()), 1e-12)
-    if c2 * float(u.max() - u.min()) ** 2 < 1e-6 * spread:
+    least_bend = max(1e-6 * float(losses.max() - losses.min()), 1e-9 * float(losses.mean()))
+    if c2 * float(u.max() - u.min()) ** 2 < least_bend:
         where = int(np.argmin(losses))
         if where == 0:
             advice = f"below {sizes[0]:,.0f} parameters"

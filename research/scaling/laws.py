@@ -29,7 +29,8 @@ class Chinchilla:
         return self.E + self.A / np.power(params, self.alpha) + self.B / np.power(tokens, self.beta)
 
     def __str__(self) -> str:
-        return f"loss = {self.E:.4g} + {self.A:.4g} / params^{self.alpha:.4g} + {self.B:.4g} / tokens^{self.beta:.4g}"
+        size, data = f"{self.A:.4g} / params^{self.alpha:.4g}", f"{self.B:.4g} / tokens^{self.beta:.4g}"
+        return f"loss = {self.E:.4g} + {size} + {data}"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ Curves = Mapping[
     str, Sequence[tuple[float, float]]
 ]  # run's name -> [(training FLOPs, loss in nats per token), ...]
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
-GREY = "#666666"
+MOST_NAMED = 10  # budgets in a legend
 MARKERS = "osD^vP*X<>"
 STYLE = {
     "font.size": 10,
@@ -119,10 +119,12 @@ def loss_against_compute(
 def isoflop_curves(axes: Any, *, found: IsoFlop, parameters: ParameterCount = "total") -> None:
     """Each budget's losses against size, its parabola, and its minimum (a star) where it is bracketed."""
     colours = _ordered(len(found.curves))
+    every = math.ceil(len(found.curves) / MOST_NAMED)
     for index, (curve, colour) in enumerate(zip(found.curves, colours, strict=True)):
         marker = MARKERS[index % len(MARKERS)]
         face = colour if curve.bracketed else "white"
         label = f"{_power(curve.flops)} FLOPs" + ("" if curve.bracketed else " (not bracketed)")
+        label = label if len(found.curves) <= MOST_NAMED or curve.bracketed and index % every == 0 else None
         axes.plot(
             curve.sizes, curve.losses, marker, color=colour, markerfacecolor=face, markersize=5.5, label=label
         )

@@ -88,8 +88,8 @@ def write_report(
     curves: training curves by run's name, [(training FLOPs, loss), ...]. parameters: which count stands in
     the law: "total" (as Hoffmann et al. 2022), or "non_embedding" (as Kaplan et al. 2020), which changes the
     exponents of small models. target_flops: the budget to recommend for; by default 10 times the largest.
-    flops_per_token: training FLOPs per token as a function of params; by default a power law through the
-    runs' own. delta: of the Huber loss. resamples: bootstrap fits behind the intervals (0: none).
+    flops_per_token: training FLOPs per token as a function of params; by default ``cost_model`` of the runs.
+    delta: of the Huber loss. resamples: bootstrap fits behind the intervals (0: none).
 
     Runs that failed, diverged, are unfinished or have no finite loss are left out, and named. table.csv is
     written first. Raises UserError where fewer than six runs, three sizes or two budgets are left.
@@ -109,7 +109,7 @@ def write_report(
         flops_per_token = cost_model(runs, parameters=parameters)
         if flops_per_token.largest_error > 0.1:
             remarks.append(
-                f"FLOPs per token are not a power law of the size of these models (off by up to "
+                f"FLOPs per token are not a simple function of the size of these models (off by up to "
                 f"{flops_per_token.largest_error:.0%}): give flops_per_token for a recommendation to rely on."
             )
     spend = {"flops": target, "flops_per_token": flops_per_token, "largest_flops": largest}

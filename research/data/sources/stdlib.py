@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from research.data.cache import cached_folder, files_hash, name_of
+from research.data.cache import CacheError, cached_folder, files_hash, name_of
 from research.data.sources.base import CorpusError, assign, check_fraction, check_split, unit_hash
 
 # Bump when the same files would give other documents.
@@ -78,8 +78,14 @@ class Stdlib:
             split: [pair for pair, chosen in zip(files, splits, strict=True) if chosen == split]
             for split in ("train", "validation")
         }
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces every data set it makes
-            builder.download_and_prepare()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces every data set it makes
+                builder.download_and_prepare()
+        except RuntimeError as error:  # as ArrayRecord reports a failed write
+            raise CacheError(
+                f"The standard library could not be written as a TFDS data set under {folder.parent} "
+                f"({str(error).splitlines()[0][:200]}): free some space or choose another cache folder."
+            ) from error
         (folder / SEAL).write_text(_seal(folder))
 
 

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Properties of the decoder: causal, packed = unpacked, cached = uncached, scanned = unrolled, recomputed = kept."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests import tiny
+
+from research.core.tree import named_leaves
+from research.core.types import Precision, UserError
+from research.models.attention import Attention
+from research.models.layers import Norm, WeightInit
+from research.models.mlp import Mlp
+from research.models.positions import Learned, Rotary, Sinusoidal
+
+VARIANTS = {
+    "mha rope rms swiglu": replace(tiny.MODEL, attention=Attention(4)),
+    "gqa tied geglu": replace(tiny.MODEL, head="tied", mlp=Mlp(48, "geglu")),
+    "mqa learned layernorm gelu": replace(
+        tiny.MODEL, attention=Attention(4, 1), position=Learned(32), norm=Norm("layer"), mlp=Mlp(48, "gelu")
+    ),
+    "sinusoidal relu wide heads": replace(
+        tiny.MODEL, attention=Attention(2, head_dim=24), position=Sinusoidal(), mlp=Mlp(48, "relu")
+    ),
+    "window": replace(tiny.MODEL, attention=Attention(4, window=5)),
+}
+
+
+def hidden(model, params, batch, cache=None):
+    return model.bind(params, {}, Precision()).forward(batch, cache)
+
+
+def params_of(model, seed=0):
+    return model.init_params(jax.random.key(seed), Precision())
+
+
+@pytest.fixture(params=list(VARIANTS))
+def model(request):
+    return VARIANTS[request.param]
+
+
+def test_causal(model):
+    """Changing a token changes nothing before it, and something after it."""
+    params, batch = params_of(model), tiny.batch(rows=2)
+    changed = dict(batch, tokens=batch["tokens"].at[:, 20].set((batch["tokens"][:, 20] + 1) % 264))
+    before, after = (hidden(model, params, b).hidden for b in (batch, changed))
+    np.testing.assert_array_equal(before[:, :20], after[:, :20])
+    assert not np.allclose(before[:, 20], after[:, 20])
+
+
+def test_packed_is_unpacked(model):
+    """Documents side by side in a row give what each gives alone."""
+    params, packed = params_of(model), tiny.batch(rows=2, documents=2)
+    together = hidden(model, params, packed).hidden
+    for start in (0, 16):
+        alone = {name: x[:, start : start + 16] for name, x in packed.items()}
+        alone["segment_ids"] = jnp.ones_like(alone["segment_ids"])
+        np.testing.assert_allclose(
+            together[:, start : start + 16], hidden(model, params, alone).hidden, rtol=2e-4, atol=2e-5
+        )
+
+
+def test_cached_is_uncached(model):
+    """In pieces through the cache, rows of different filling, and after a rollback."""
+    params, batch = params_of(model), tiny.batch(rows=2)
+    whole = hidden(model, params, batch).hidden
+    cache = model.empty_cache(batch=2, slots=32, precision=Precision())
+    found = []
+    for start, stop in ((0, 12), (12, 13), (13, 32)):
+        output = hidden(model, params, {name: x[:, start:stop] for name, x in batch.items()}, cache)
+        cache = output.cache
+        found.append(output.hidden)
+    np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole, rtol=2e-4, atol=2e-5)
+    rolled_back = cache._replace(length=jnp.array([10, 20]))
+    slots = jnp.array([10, 20])[:, None] + jnp.arange(4)[None, :]
+    again = {name: jnp.take_along_axis(x, slots, axis=1) for name, x in batch.items()}
+    output = hidden(model, params, again, rolled_back)
+    want = jnp.take_along_axis(whole, slots[:, :, None], axis=1)
+    np.testing.assert_allclose(output.hidden, want, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"layers": "unrolled"}, {"remat": "full"}, {"remat": "save_matmuls"}, {"remat": "save_weight_matmuls"}],
+    ids=str,
+)
+def test_same_values_and_gradients_however_it_is_computed(change):
+    model, batch = tiny.MODEL, tiny.batch(rows=2)
+    params = params_of(model)
+
+    def loss(params, model):
+        return jnp.mean(jnp.square(model.bind(params, {}, Precision()).logits(hidden(model, params, batch).hidden)))
+
+    value, gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, model)
+    other_value, other = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, replace(model, **change))
+    np.testing.assert_allclose(other_value, value, rtol=1e-6)
+    for name, leaf in named_leaves(gradient).items():
+        gap = jnp.linalg.norm(leaf - named_leaves(other)[name]) / jnp.linalg.norm(leaf)
+        assert gap < 1e-5, name
+
+
+def test_remat_recomputes():
+    """More floating-point work in the compiled step, none of it in the forward pass."""
+
+    def flops(model):
+        batch, params = tiny.batch(rows=2), params_of(model)
+        step = jax.jit(jax.grad(lambda p: jnp.sum(hidden(model, p, batch).hidden)))
+        return step.lower(params).compile().cost_analysis()["flops"]
+
+    base = replace(tiny.MODEL, layers="unrolled")
+    kept, products, all_again = (flops(replace(base, remat=r)) for r in ("none", "save_matmuls", "full"))
+    assert kept <= products < all_again
+
+
+def test_every_parameter_has_logical_axes(model):
+    shapes, axes = model.shapes(Precision()), model.logical_axes()
+    assert jax.tree.structure(shapes) == jax.tree.structure(axes, is_leaf=lambda a: isinstance(a, tuple))
+    for name, shape in named_leaves(shapes).items():
+        leaf = axes
+        for part in name.split("/"):
+            leaf = leaf[part]
+        assert len(leaf) == len(shape.shape), name
+
+
+def test_precision_of_parameters_compute_and_logits():
+    precision = Precision(params="bfloat16", compute="bfloat16", logits="float32")
+    params = tiny.MODEL.init_params(jax.random.key(0), precision)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    bound = tiny.MODEL.bind(params, {}, precision)
+    output = bound.forward(tiny.batch(rows=1)).hidden
+    assert output.dtype == jnp.bfloat16 and bound.logits(output).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("scheme", ["fan_in", "gpt2"])
+def test_initial_weights_have_the_documented_deviation(scheme):
+    model = replace(tiny.MODEL, d_model=128, weight_init=WeightInit(scheme), attention=Attention(4), mlp=Mlp(512))
+    leaves = named_leaves(params_of(model))
+    small = 0.02 if scheme == "gpt2" else None
+    expected = {
+        "layers/attention/q/w": small or 128**-0.5,
+        "layers/mlp/up/w": small or 128**-0.5,
+        "layers/mlp/down/w": (small or 512**-0.5) / 2,  # two layers: divided by sqrt(4)
+        "layers/attention/out/w": (small or 128**-0.5) / 2,
+        "embedding/table": small or 128**-0.5,
+        "unembedding/w": small or 128**-0.5,
+    }
+    for name, deviation in expected.items():
+        assert np.std(leaves[name]) == pytest.approx(deviation, rel=0.03), name
+    assert np.all(leaves["final_norm/scale"] == 1)
+
+
+def test_layers_start_out_different():
+    w = params_of(tiny.MODEL)["layers"]["mlp"]["up"]["w"]
+    assert not np.allclose(w[0], w[1])
+
+
+def test_head_is_the_logits_and_holds_its_own_parameters_only(model):
+    params = params_of(model)
+    bound, x = model.bind(params, {}, Precision()), jax.random.normal(jax.random.key(0), (3, 5, model.d_model))
+    np.testing.assert_array_equal(bound.head()(x), bound.logits(x))
+    assert len(jax.tree.leaves(bound.head())) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "length", "vocabulary", "words"),
+    [
+        ({"position": Learned(16)}, 32, 10, "32 tokens is longer than the model's table of 16"),
+        ({}, 32, 300, "tokenizer has 300 tokens and the model's vocab_size is 264"),
+        ({"d_model": 30}, 32, 10, "does not split into 4 heads"),
+        ({"attention": Attention(4, 3)}, 32, 10, "divisors of 4"),
+        ({"attention": Attention(4, head_dim=7), "position": Rotary()}, 32, 10, "even head width"),
+        ({"num_layers": 0}, 32, 10, "num_layers is 0"),
+    ],
+)
+def test_sizes_that_cannot_work_are_one_sentence(change, length, vocabulary, words):
+    with pytest.raises(UserError, match=words):
+        replace(tiny.MODEL, **change).check(sequence_length=length, vocab_size=vocabulary)

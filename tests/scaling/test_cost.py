@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Costs against the programs themselves: the jaxpr's matrix products exactly, and XLA's own count within
+2%."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend import core as jex_core
+
+from research.core import tree
+from research.core.types import Precision
+from research.models.attention import Attention
+from research.models.decoder import Decoder
+from research.models.layers import Norm
+from research.models.mlp import Mlp
+from research.models.positions import Learned, Rotary, Sinusoidal
+from research.scaling import cost
+
+BATCH, LENGTH = 2, 16
+
+
+def attention(num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None) -> Attention:
+    return Attention(num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, implementation="plain")
+
+
+MODELS = {
+    "mha-swiglu-untied-rotary": Decoder(97, 32, 3, attention(4), Mlp(56)),
+    "mha-gelu-tied-learned": Decoder(
+        50,
+        24,
+        2,
+        attention(3),
+        Mlp(96, activation="gelu"),
+        norm=Norm("layer"),
+        position=Learned(20),
+        head="tied",
+    ),
+    "gqa-geglu-tied-rotary-unrolled": Decoder(
+        61, 32, 4, attention(4, 2), Mlp(40, activation="geglu"), head="tied", layers="unrolled"
+    ),
+    "mqa-relu-untied-sinusoidal": Decoder(
+        33, 16, 1, attention(4, 1), Mlp(64, activation="relu"), position=Sinusoidal()
+    ),
+    "gqa-wide-heads": Decoder(40, 16, 2, attention(6, 3, head_dim=10), Mlp(24), position=Rotary(theta=500.0)),
+}
+
+
+def training_loss(model: Decoder) -> Any:
+    """Mean cross-entropy through the plain head."""
+
+    def loss(params, batch):
+        policy = model.bind(params, {}, Precision())
+        logits_BTV = policy.logits(policy.forward(batch).hidden)
+        log_probs_BTV = jax.nn.log_softmax(logits_BTV)
+        return -jnp.mean(jnp.take_along_axis(log_probs_BTV, batch["targets"][..., None], axis=-1))
+
+    return loss
+
+
+def batch_shapes(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    return {"tokens": ids, "positions": ids, "segment_ids": ids, "targets": ids}
+
+
+def matmul_flops(jaxpr: Any) -> int:
+    """FLOPs of every dot_general in a jaxpr, those of inner jaxprs included, scan bodies times their
+    length."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[d] for d in contracted)
+        assert equation.primitive.name not in ("while", "cond", "conv_general_dilated"), "not counted here"
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(inner, jex_core.ClosedJaxpr):
+                    total += times * matmul_flops(inner.jaxpr)
+                elif isinstance(inner, jex_core.Jaxpr):
+                    total += times * matmul_flops(inner)
+    return total
+
+
+def test_the_counter_counts_a_known_program():
+    def program(x):
+        return jax.lax.scan(lambda c, _: (jax.jit(jnp.dot)(c, x), None), x, length=5)[0]
+
+    jaxpr = jax.make_jaxpr(program)(jnp.zeros((3, 3)))
+    assert matmul_flops(jaxpr.jaxpr) == 5 * 2 * 27
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_flops_are_the_gradient_s_matrix_products(name):
+    model = MODELS[name]
+    shapes, batch = model.shapes(Precision()), batch_shapes(BATCH, LENGTH)
+    forward = matmul_flops(jax.make_jaxpr(training_loss(model))(shapes, batch).jaxpr)
+    assert forward == BATCH * LENGTH * cost.forward_flops_per_token(model, sequence_length=LENGTH).total
+    step = matmul_flops(jax.make_jaxpr(jax.value_and_grad(training_loss(model)))(shapes, batch).jaxpr)
+    assert step == BATCH * LENGTH * cost.training_flops_per_token(model, sequence_length=LENGTH)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_counts_are_the_tree_s(name):
+    model = MODELS[name]
+    shapes, counts = model.shapes(Precision()), cost.params(model)
+    assert counts.total == tree.size(shapes)
+    outside = sum(
+        tree.size(shapes[part]) for part in ("embedding", "position", "unembedding") if part in shapes
+    )
+    assert counts.non_embedding == tree.size(shapes) - outside
+    assert counts.head == (tree.size(shapes["unembedding"]) if "unembedding" in shapes else 0)
+
+
+def test_xla_counts_the_same_within_two_percent():
+    """XLA also counts what is not a matrix product (softmax, norms, masks), so its count lies a little
+    above."""
+    model = Decoder(8192, 256, 4, attention(4), Mlp(688), layers="unrolled")
+    step = jax.jit(jax.value_and_grad(training_loss(model)))
+    compiled = step.lower(model.shapes(Precision()), batch_shapes(8, 512)).compile()
+    analysis = compiled.cost_analysis()
+    counted = (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
+    expected = 8 * 512 * cost.training_flops_per_token(model, sequence_length=512)
+    assert expected <= counted <= 1.02 * expected

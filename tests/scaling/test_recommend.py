@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recommendations and the held-out test, on laws that are known."""
+
+import dataclasses
+
+import pytest
+
+from research.core.types import UserError
+from research.models.attention import Attention
+from research.models.decoder import Decoder
+from research.models.mlp import Mlp
+from research.scaling import cost, ladder
+from research.scaling.isoflop import fit_isoflop
+from research.scaling.laws import closed_form_optimum
+from research.scaling.recommend import cost_model, hold_out, recommend, recommend_from_isoflop
+from research.scaling.table import Run, Table
+
+
+def test_held_out_budget_of_an_exact_law(make_study):
+    test = hold_out(make_study())
+    assert len(test.predictions) == 5 and test.flops == pytest.approx(1e12, rel=1e-3)
+    assert test.largest_relative_error < 1e-5 and test.ratio < 1e-3 and test.mean_ratio < 1e-3 and test.passed
+    assert "the test is passed" in test.sentence
+
+
+def test_held_out_budget_with_noise(make_study):
+    test = hold_out(make_study(noise=0.003, seed=3))
+    assert test.passed and test.largest_relative_error < 0.03
+    best = min(test.predictions, key=lambda p: p.measured)
+    assert test.best == best
+    assert test.ratio == pytest.approx(
+        abs(best.predicted - best.measured) / abs(test.carried_loss - best.measured)
+    )
+
+
+def test_held_out_runs_are_not_in_the_fit(make_study):
+    """Runs that leave the law at the largest budget are seen to, instead of bending the law towards them."""
+    table = make_study()
+    largest = max(run.flops for run in table) * 0.9
+    spoiled = [dataclasses.replace(r, loss=r.loss * 1.1) if r.flops > largest else r for r in table]
+    test = hold_out(spoiled)
+    assert not test.passed and "NOT passed" in test.sentence
+    assert all(p.relative_error == pytest.approx(1 / 1.1 - 1, rel=1e-3) for p in test.predictions)
+
+
+def test_too_few_budgets(make_study):
+    with pytest.raises(UserError, match="3 budgets or more, to fit without the largest; there are 2"):
+        hold_out(make_study(budgets=(1e10, 1e11)))
+
+
+def test_recommendation_from_the_law(make_study, true_law):
+    spend = cost_model(make_study())
+    assert spend(1e5) == pytest.approx(6e5, rel=1e-3) and spend.largest_error < 1e-6
+    found = recommend(true_law, flops=1e13, flops_per_token=spend, largest_flops=1e12)
+    best = closed_form_optimum(true_law, flops=1e13)
+    assert (found.params, found.tokens, found.loss) == pytest.approx(
+        (best.params, best.tokens, best.loss), rel=1e-3
+    )
+    assert found.sentence.startswith(
+        "For 1e+13 FLOPs (10x the largest budget) the law recommends a model of "
+    )
+    assert "with an expected loss of" in found.sentence and found.sentence.endswith(
+        "extrapolates 10x beyond the runs."
+    )
+    inside = recommend(true_law, flops=1e12, flops_per_token=spend, largest_flops=1e12)
+    assert "extrapolates" not in inside.sentence
+
+
+@pytest.mark.parametrize(("parameters", "within"), [("total", 0.08), ("non_embedding", 0.02)])
+def test_cost_of_sizes_between_real_models(parameters, within):
+    """Fitted to every other model of a grid, the cost function tells the FLOPs per token of the rest."""
+    base = Decoder(vocab_size=256, d_model=32, num_layers=2, attention=Attention(2), mlp=Mlp(88))
+    runs = []
+    for model in ladder.grid(base, d_models=(32, 64, 96, 128, 160, 192, 224, 256)):
+        counts, flops = cost.params(model), cost.training_flops_per_token(model, sequence_length=128)
+        runs.append(
+            Run(f"{model.d_model}", counts.total, counts.non_embedding, 1, flops, 2.0, status="finished")
+        )
+    guess = cost_model(runs[::2], parameters=parameters)
+    for run in runs[1::2]:
+        assert guess(run.count(parameters)) == pytest.approx(run.flops, rel=within)
+
+
+def test_recommendation_from_isoflop(make_study, true_law):
+    table = make_study(spread=1.5)
+    found = recommend_from_isoflop(
+        fit_isoflop(table), flops=3e12, flops_per_token=cost_model(table), largest_flops=1e12
+    )
+    assert found.params == pytest.approx(closed_form_optimum(true_law, flops=3e12).params, rel=0.05)
+    with pytest.raises(UserError, match="2 are needed"):
+        recommend_from_isoflop(
+            fit_isoflop(Table(table.runs[:5])),
+            flops=3e12,
+            flops_per_token=cost_model(table),
+            largest_flops=1e12,
+        )
