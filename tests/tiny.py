@@ -4,8 +4,7 @@
 from dataclasses import replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from research.data.pipeline import TextSource
 from research.data.sources import Synthetic
@@ -40,14 +39,15 @@ def experiment(steps: int = 20, **changes: Any) -> Experiment:
 
 def batch(*, rows: int = 8, length: int = 32, vocab_size: int = 264, documents: int = 1, seed: int = 1) -> dict[str, Any]:
     """A random packed batch: ``documents`` pieces of equal length in each row, a few tokens without weight."""
-    tokens = jax.random.randint(jax.random.key(seed), (rows, length + 1), 0, vocab_size)
-    piece = jnp.broadcast_to(jnp.arange(length)[None, :], (rows, length))
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab_size, (rows, length + 1), np.int32)
+    slots = np.broadcast_to(np.arange(length, dtype=np.int32)[None, :], (rows, length))
     size = length // documents
     return {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
-        "weights": (jax.random.uniform(jax.random.key(seed + 1), (rows, length)) < 0.9).astype(jnp.float32),
-        "segment_ids": piece // size + 1,
-        "positions": piece % size,
-        "target_bytes": jnp.ones((rows, length), jnp.float32),
+        "weights": (rng.random((rows, length)) < 0.9).astype(np.float32),
+        "segment_ids": slots // size + 1,
+        "positions": slots % size,
+        "target_bytes": np.ones((rows, length), np.float32),
     }

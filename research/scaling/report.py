@@ -15,6 +15,7 @@ from research.scaling.fit import Fit, Interval, Points, bootstrap, fit_law
 from research.scaling.isoflop import IsoFlop, by_budget, fit_isoflop
 from research.scaling.laws import FlopsPerToken
 from research.scaling.recommend import (
+    CostModel,
     HeldOut,
     Recommendation,
     cost_model,
@@ -45,6 +46,7 @@ PARAMETER_CONVENTION = {
 class Conclusion:
     """What a study found. held_out, from_law and from_isoflop are None where ``remarks`` says why not.
 
+    cost: FLOPs per token as the recommendations have it, None where the study gave its own.
     from_law, from_isoflop: recommendations for ``target_flops``. intervals: 95% bootstrap, by name of the
     law's numbers. excluded: runs left out of every fit, with the reason. remarks: what a reader must know.
     """
@@ -57,6 +59,7 @@ class Conclusion:
     from_isoflop: Recommendation | None
     excluded: Mapping[str, str]
     remarks: tuple[str, ...]
+    cost: CostModel | None
     parameters: ParameterCount
     num_runs: int
     files: tuple[Path, ...]
@@ -122,6 +125,7 @@ def write_report(
         from_isoflop=_try(lambda: recommend_from_isoflop(found, **spend), remarks),
         excluded=table.excluded(),
         remarks=tuple(remarks),
+        cost=flops_per_token if isinstance(flops_per_token, CostModel) else None,
         parameters=parameters,
         num_runs=len(runs),
         files=(),
@@ -258,6 +262,7 @@ def law_record(
             name: found and dataclasses.asdict(found)
             for name, found in (("law", conclusion.from_law), ("isoflop", conclusion.from_isoflop))
         },
+        "flops_per_token": conclusion.cost and dataclasses.asdict(conclusion.cost),
         "conventions": {"params": PARAMETER_CONVENTION[conclusion.parameters], **CONVENTIONS},
         "parameters": conclusion.parameters,
         "corpora": [{"bytes": size, "hash": digest} for size, digest in corpora],

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every implementation of an operation against its plain oracle, values and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from research.models import ops
 
 
+@functools.cache
 def inputs(*, heads=4, kv_heads=2, length=128, documents=3, seed=0):
     keys = jax.random.split(jax.random.key(seed), 4)
     q = jax.random.normal(keys[0], (2, length, heads, 8))
@@ -88,7 +91,7 @@ def test_blocked_attention_leaves_out_what_cannot_be_seen():
 def test_a_row_of_padding_stays_finite():
     arrays, where = inputs()
     where = dict(where, q_segments=jnp.zeros_like(where["q_segments"]), kv_segments=jnp.zeros_like(where["kv_segments"]))
-    gradient = jax.grad(lambda a: jnp.sum(ops.attention(*a, **where, aligned=True)))(arrays)
+    gradient = jax.jit(jax.grad(lambda a: jnp.sum(ops.attention(*a, **where, aligned=True))))(arrays)
     assert all(bool(jnp.all(jnp.isfinite(g))) for g in gradient)
 
 
@@ -99,7 +102,7 @@ def test_bias_is_added_to_the_scores():
         distance = (q_positions[:, :, None] - kv_positions[:, None, :]).astype(jnp.float32)
         return jnp.broadcast_to(-1e9 * (distance > 0)[:, None], (2, 4, *distance.shape[1:]))
 
-    only_self = ops.attention(*arrays, **where, aligned=True, bias=far)
+    only_self = jax.jit(lambda a: ops.attention(*a, **where, aligned=True, bias=far))(arrays)
     real = np.asarray(where["q_segments"]) > 0
     v = jnp.repeat(arrays[2], 2, axis=2)
     np.testing.assert_allclose(np.asarray(only_self)[real], np.asarray(v)[real], rtol=1e-5)

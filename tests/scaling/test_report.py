@@ -70,6 +70,7 @@ def test_law_json_is_strict_and_complete(written):
     assert record["corpora"] == [{"bytes": 1_115_394, "hash": "86c4e6aa9db7c042"}]
     assert set(record["intervals_95"]) == {"E", "A", "B", "alpha", "beta"}
     assert record["recommendation"]["law"]["reach"] == pytest.approx(10)
+    assert record["flops_per_token"]["largest_error"] < 1e-3
     assert len(record["isoflop"]["curves"]) == 4 and record["isoflop"]["params_law"]["exponent"] > 0
 
 
