@@ -124,6 +124,12 @@ class Checkpointer:
             raise self._failed("read", step, error) from error
         return TrainState(**{**rest, **found["rest"], "params": found["params"]}), found["data"]
 
+    def last(self) -> Path | None:
+        """The folder of the newest checkpoint, once what is being written is on disk."""
+        self.wait()
+        saved = steps(self.directory)
+        return self._folder / str(saved[-1]) if saved else None
+
     def wait(self) -> None:
         """Waits until what was saved is on disk. Raises CheckpointError where it is not."""
         if self._opened is None:

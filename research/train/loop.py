@@ -66,7 +66,7 @@ def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, 
             provenance.record(directory, mesh, step=done, extra={"data": stream.info})
             peak = hardware.peak_flops(mesh, options.cache_dir)
             with Monitor(
-                experiment, directory, step=done, peak=peak, progress=options.progress, profile=options.profile
+                experiment, checkpoints, step=done, peak=peak, progress=options.progress, profile=options.profile
             ) as monitor:
                 train(program, state, stream, evals, checkpoints, monitor, interrupt)
         finally:

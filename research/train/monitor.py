@@ -6,13 +6,12 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from research.core.types import Metrics, UserError
-from research.train import checkpoint
+from research.train.checkpoint import Checkpointer
 from research.train.experiment import Experiment
 from research.train.metrics import MetricsWriter
 from research.train.progress import Progress
@@ -28,10 +27,17 @@ class Monitor:
     """One attempt at a run, from ``step`` on. peak: FLOP/s of the mesh at best, or None where unknown."""
 
     def __init__(
-        self, experiment: Experiment, directory: Path, *, step: int, peak: float | None, progress: Progress, profile: bool
+        self,
+        experiment: Experiment,
+        checkpoints: Checkpointer,
+        *,
+        step: int,
+        peak: float | None,
+        progress: Progress,
+        profile: bool,
     ) -> None:
-        self.experiment, self.directory, self.peak, self.progress = experiment, directory, peak, progress
-        self.writer = MetricsWriter(directory, step=step)
+        self.experiment, self.checkpoints, self.peak, self.progress = experiment, checkpoints, peak, progress
+        self.writer = MetricsWriter(checkpoints.directory, step=step)
         self._waiting: tuple[int, Metrics] | None = None
         self._seconds = self.writer.seconds
         self._profiled = range(step + PROFILED[0], step + PROFILED[1]) if profile else range(0)
@@ -73,12 +79,12 @@ class Monitor:
             raise self._diverged(step, bad[0], values)
 
     def _diverged(self, step: int, name: str, values: Metrics) -> Diverged:
-        saved = checkpoint.steps(self.directory)
-        last = f"the last good checkpoint is {self.directory / checkpoint.FOLDER / str(saved[-1])}"
+        last = self.checkpoints.last()
         return Diverged(
             f"The {name.replace('grad_norm', 'gradient norm')} of {self.experiment.name} became "
             f"{float(values[name])} at step {step}, at a learning rate of {float(values['learning_rate']):.3g}; "
-            f"{last if saved else 'there is no checkpoint before it'}: lower the learning rate or lengthen the warm-up."
+            f"{f'the last good checkpoint is {last}' if last else 'there is no checkpoint before it'}: lower the "
+            "learning rate or lengthen the warm-up."
         )
 
     def evaluated(self, step: int, found: Metrics) -> None:
@@ -96,12 +102,12 @@ class Monitor:
         """Traces the steps that ``--profile`` asks for into the run's ``profile`` folder."""
         if self._profiled and step == self._profiled.start:
             self.flush()
-            jax.profiler.start_trace(str(self.directory / "profile"))
+            jax.profiler.start_trace(str(self.checkpoints.directory / "profile"))
         yield
         if self._profiled and step == self._profiled.stop - 1:
             self.flush()
             jax.profiler.stop_trace()
-            self.progress.note(f"profile of steps {list(self._profiled)}: {self.directory / 'profile'}")
+            self.progress.note(f"profile of steps {list(self._profiled)}: {self.checkpoints.directory / 'profile'}")
 
     def __enter__(self) -> "Monitor":
         return self

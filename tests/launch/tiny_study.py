@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A study of seconds, for tests of the command line. It keeps every checkpoint and logs every step."""
+
+from dataclasses import replace
+
+from tests import tiny
+
+from research.train.experiment import Experiment, Steps
+
+
+def sweep() -> dict[str, Experiment]:
+    base = tiny.experiment(steps=30)
+    return {"tiny": base, "longer": replace(base, length=Steps(40))}
+
+
+def diverging() -> dict[str, Experiment]:
+    return {"tiny": replace(tiny.experiment(steps=30), optimizer=replace(tiny.experiment().optimizer, peak=1e30, clip=0.0))}
+
+
+nothing = 3

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests import tiny
+
+from research.core.tree import named_leaves
+from research.core.types import Precision
+from research.objectives.next_token import NextToken
+
+PRECISION = Precision()
+
+
+def plain(policy, batch, z_loss):
+    """The textbook form: all logits at once."""
+    logits = policy.logits(policy.forward(batch).hidden).astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, jnp.asarray(batch["targets"])[..., None], axis=-1)[..., 0]
+    weights = batch["weights"]
+    return jnp.sum((log_z - chosen + z_loss * log_z**2) * weights) / jnp.sum(weights)
+
+
+def mean_loss(params, model, batch, objective):
+    policy = model.bind(params, {}, PRECISION)
+    loss = objective(policy, {}, batch, jax.random.key(0))
+    return sum(c * v.mean for c, v in loss.terms.values()), loss
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+@pytest.mark.parametrize(("z_loss", "chunk"), [(0.0, 64), (1e-2, 64), (1e-2, 0)])
+def test_chunked_is_plain_in_value_and_gradient(head, z_loss, chunk):
+    model, batch = replace(tiny.MODEL, head=head, num_layers=1), tiny.batch(rows=4)
+    params = model.init_params(jax.random.key(0), PRECISION)
+    want_value, want = jax.jit(
+        jax.value_and_grad(lambda p: plain(model.bind(p, {}, PRECISION), batch, z_loss))
+    )(params)
+    (value, loss), gradient = jax.jit(
+        jax.value_and_grad(lambda p: mean_loss(p, model, batch, NextToken(z_loss=z_loss, chunk=chunk)), has_aux=True)
+    )(params)
+    assert float(value) == pytest.approx(float(want_value), rel=1e-6)
+    for name, leaf in named_leaves(want).items():
+        assert jnp.linalg.norm(named_leaves(gradient)[name] - leaf) < 1e-5 * jnp.linalg.norm(leaf), name
+    assert loss.metrics["cross_entropy"].weight == np.sum(batch["weights"])
+
+
+def test_without_a_gradient_the_value_is_the_same():
+    batch = tiny.batch(rows=4)
+    params = tiny.MODEL.init_params(jax.random.key(0), PRECISION)
+    value, _ = jax.jit(lambda p: mean_loss(p, tiny.MODEL, batch, NextToken(chunk=64)))(params)
+    both, _ = jax.jit(jax.value_and_grad(lambda p: mean_loss(p, tiny.MODEL, batch, NextToken(chunk=64))[0]))(params)
+    assert float(value) == pytest.approx(float(both), rel=1e-6)
+
+
+def test_logits_never_stand_whole():
+    """No array of [tokens, vocabulary] elements in the compiled program's own text, nor memory for one."""
+    model, batch = replace(tiny.MODEL, vocab_size=4096, num_layers=1), tiny.batch(rows=16, vocab_size=4096)
+
+    def program(objective):
+        shapes = model.shapes(PRECISION)
+        grad = jax.jit(jax.grad(lambda p: mean_loss(p, model, batch, objective)[0]))
+        return grad.lower(shapes).compile()
+
+    chunked, whole = program(NextToken(chunk=64)), program(NextToken(chunk=0))
+    logits = 16 * 32 * 4096 * 4
+    assert "[512,4096]" not in chunked.as_text() and "[16,32,4096]" not in chunked.as_text()
+    assert "[512,4096]" in whole.as_text() or "[16,32,4096]" in whole.as_text()
+    saved = whole.memory_analysis().temp_size_in_bytes - chunked.memory_analysis().temp_size_in_bytes
+    assert saved > 0.5 * logits
+
+
+def test_tokens_without_weight_do_not_count():
+    model, batch = tiny.MODEL, tiny.batch(rows=4)
+    other = dict(batch, targets=np.where(batch["weights"] > 0, batch["targets"], 7))
+    params = model.init_params(jax.random.key(0), PRECISION)
+    run = jax.jit(lambda b: mean_loss(params, model, b, NextToken(chunk=64))[0])
+    assert run(batch) == run(other)
+
+
+def test_bits_per_byte_has_the_bytes_for_denominator():
+    batch = dict(tiny.batch(rows=4), target_bytes=np.full((4, 32), 2.0, np.float32))
+    params = tiny.MODEL.init_params(jax.random.key(0), PRECISION)
+    _, loss = jax.jit(lambda p: mean_loss(p, tiny.MODEL, batch, NextToken()))(params)
+    bits, nats = loss.metrics["bits_per_byte"], loss.metrics["cross_entropy"]
+    assert float(bits.mean) == pytest.approx(float(nats.sum) / np.log(2) / (2 * 4 * 32), rel=1e-5)

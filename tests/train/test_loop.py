@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs in this process: what they leave, what they refuse, how they stop."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from tests import tiny
+
+from research.core.sharding import MeshError, MeshSpec
+from research.core.types import UserError
+from research.data.sources import Synthetic
+from research.data.tokenizers import Bytes
+from research.models.attention import Attention
+from research.models.positions import Learned
+from research.train import checkpoint, loop, metrics
+from research.train.checkpoint import CheckpointError
+from research.train.experiment import AdamW, CheckpointPolicy, Init, Steps
+from research.train.interrupt import Interrupted
+from research.train.monitor import Diverged
+
+ONE = MeshSpec(data=1)
+
+
+def run(directory, cache_dir, experiment=None, **changes):
+    experiment = experiment or tiny.experiment(**{"steps": 10, "mesh": ONE, **changes})
+    return loop.run(experiment, directory, loop.Options(cache_dir=cache_dir))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache_dir):
+    directory = tmp_path_factory.mktemp("run")
+    return directory, run(directory, cache_dir)
+
+
+def test_a_run_leaves_metrics_provenance_checkpoint_and_result(finished):
+    directory, result = finished
+    lines = metrics.read(directory)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
+    assert lines[0]["loss"] > lines[-2]["loss"]
+    assert result["loss"] == lines[-1]["validation/loss"] and result["bits_per_byte"] > 0
+    assert result["tokens"] == 10 * 8 * 32 and result["status"] == "finished"
+    provenance = json.loads((directory / "provenance.jsonl").read_text().splitlines()[0])
+    assert provenance["packages"]["jax"] == jax.__version__ and provenance["devices"]["platform"] == "cpu"
+    assert {"commit", "diff", "mesh", "data"} <= set(provenance)
+    assert provenance["data"]["corpus_hash"] and provenance["data"]["corpus_bytes"] > 0
+    assert checkpoint.steps(directory) == [10]  # keep_last is 1
+
+
+def test_tensorboard_holds_what_the_metrics_hold(finished):
+    from tensorboardX.event_file_writer import EventFileWriter  # noqa: F401 - the library that wrote them
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import RecordWriter  # noqa: F401
+
+    directory, _ = finished
+    (path,) = (directory / "tensorboard").iterdir()
+    data, found, at = path.read_bytes(), {}, 0
+    while at < len(data):  # TFRecord: length, its checksum, the record, its checksum
+        size = int.from_bytes(data[at : at + 8], "little")
+        event = Event.FromString(data[at + 12 : at + 12 + size])
+        at += 16 + size
+        for value in event.summary.value:
+            found[value.tag, event.step] = value.simple_value
+    for line in metrics.read(directory):
+        for name, number in metrics.scalars(line):
+            assert found[name, line["step"]] == pytest.approx(number, rel=1e-6), (name, line["step"])
+
+
+def test_a_finished_run_is_left_alone(finished, cache_dir):
+    directory, result = finished
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+    assert run(directory, cache_dir) == result
+    assert before == {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": replace(tiny.MODEL, d_model=64)}, "model.d_model: 32 -> 64"),
+        ({"seed": 3}, "seed"),
+        ({"optimizer": AdamW(peak=1e-2)}, "optimizer.peak"),
+    ],
+)
+def test_going_on_under_other_settings_is_refused_by_name(finished, cache_dir, change, words):
+    with pytest.raises(CheckpointError, match=words):
+        run(finished[0], cache_dir, **change)
+
+
+def test_another_tokenizer_is_refused_by_name(finished, cache_dir):
+    experiment = tiny.experiment(steps=10, mesh=ONE)
+    from research.data.tokenizers import Characters
+
+    other = replace(experiment, source=replace(experiment.source, tokenizer=Characters()))
+    with pytest.raises(CheckpointError, match="source.tokenizer"):
+        run(finished[0], cache_dir, other)
+
+
+def test_data_that_changed_under_the_same_settings_are_refused(tmp_path, cache_dir):
+    from research.data.sources import TextFolder
+
+    (tmp_path / "text").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "text" / f"{name}.txt").write_text(f"{name} some text of its own.\n\n" * 400)
+    experiment = tiny.experiment(steps=20, mesh=ONE, evals=())
+    source = replace(experiment.source, corpus=TextFolder(str(tmp_path / "text")), tokenizer=Bytes())
+    experiment = replace(experiment, source=source)
+    interrupted_after(experiment, tmp_path / "run", cache_dir, step=5)
+    (tmp_path / "text" / "a.txt").write_text("quite another text.\n\n" * 400)
+    with pytest.raises(UserError, match="corpus"):
+        run(tmp_path / "run", cache_dir, experiment)
+
+
+class StopAt:
+    """A progress that sends this process a signal once a step has been read."""
+
+    def __init__(self, step, signum=signal.SIGTERM):
+        self.step, self.signum = step, signum
+
+    def start(self, name, *, total, step): ...
+
+    def update(self, step, values):
+        if step == self.step:
+            os.kill(os.getpid(), self.signum)
+
+    def note(self, text): ...
+
+    def stop(self): ...
+
+
+def interrupted_after(experiment, directory, cache_dir, *, step, signum=signal.SIGTERM):
+    with pytest.raises(Interrupted) as stopped:
+        loop.run(experiment, directory, loop.Options(cache_dir=cache_dir, progress=StopAt(step, signum)))
+    return stopped.value
+
+
+def without_clock(lines):
+    return [{k: v for k, v in line.items() if k not in metrics.CLOCK_FIELDS} for line in lines]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(finished, tmp_path, cache_dir, signum):
+    experiment = tiny.experiment(steps=10, mesh=ONE, checkpoint=CheckpointPolicy(every=0))
+    stopped = interrupted_after(experiment, tmp_path, cache_dir, step=4, signum=signum)
+    assert stopped.signum == signum and len(checkpoint.steps(tmp_path)) == 1
+    run(tmp_path, cache_dir, experiment)
+    assert without_clock(metrics.read(tmp_path)) == without_clock(metrics.read(finished[0]))
+
+
+def test_checkpoints_kept(tmp_path, cache_dir):
+    policy = CheckpointPolicy(every=2, keep_last=2, keep_every=4)
+    run(tmp_path, cache_dir, checkpoint=policy, evals=())
+    assert checkpoint.steps(tmp_path) == [4, 8, 10]
+
+
+def test_lines_past_the_restored_step_are_dropped(tmp_path):
+    (tmp_path / metrics.FILE).write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a"')
+    writer = metrics.MetricsWriter(tmp_path, step=1)
+    writer.write(2, {"a": np.float32(5), "b": float("nan"), "c": np.arange(2)})
+    writer.close()
+    assert metrics.read(tmp_path) == [{"step": 1, "a": 1}, {"step": 2, "a": 5.0, "b": "nan", "c": [0, 1]}]
+
+
+def test_a_loss_that_is_not_a_number_stops_with_step_rate_and_last_good_checkpoint(tmp_path, cache_dir):
+    wild = tiny.experiment(steps=10, mesh=ONE, optimizer=AdamW(peak=1e30, clip=0.0), evals=())
+    wild = replace(wild, checkpoint=CheckpointPolicy(every=1))
+    with pytest.raises(Diverged, match=r"at step \d+, at a learning rate of [\d.]+e\+\d+; the last good checkpoint is"):
+        run(tmp_path, cache_dir, wild)
+    saved = checkpoint.steps(tmp_path)
+    shapes = tiny.MODEL.shapes(wild.precision)
+    everywhere = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
+    params = checkpoint.load_params(tmp_path, shapes, everywhere)
+    first_bad = next(line["step"] for line in metrics.read(tmp_path) if line["loss"] in ("nan", "inf"))
+    assert saved[-1] == first_bad - 1 and all(np.all(np.isfinite(p)) for p in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("damage", ["missing", "garbled"])
+def test_a_corrupt_checkpoint_is_one_sentence(tmp_path, cache_dir, damage):
+    experiment = tiny.experiment(steps=10, mesh=ONE, evals=())
+    interrupted_after(experiment, tmp_path, cache_dir, step=6)
+    (last,) = checkpoint.steps(tmp_path)
+    folder = tmp_path / "checkpoints" / str(last) / "params"
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        path.unlink() if damage == "missing" else path.write_bytes(os.urandom(path.stat().st_size))
+    with pytest.raises(CheckpointError, match="could not be read.*remove that folder") as error:
+        run(tmp_path, cache_dir, experiment)
+    assert "\n" not in str(error.value) and metrics.read(tmp_path)[0]["step"] == 1
+
+
+def test_a_half_written_checkpoint_is_not_taken_for_whole(tmp_path, cache_dir):
+    experiment = tiny.experiment(steps=10, mesh=ONE, evals=())
+    interrupted_after(experiment, tmp_path, cache_dir, step=6)
+    (last,) = checkpoint.steps(tmp_path)
+    half = tmp_path / "checkpoints" / f"{last + 1}.orbax-checkpoint-tmp"
+    (half / "params").mkdir(parents=True)
+    assert checkpoint.steps(tmp_path) == [last]
+    assert run(tmp_path, cache_dir, experiment)["status"] == "finished"
+
+
+def test_weights_from_another_run(finished, tmp_path, cache_dir):
+    """Weights alone start a new run at step 0 with another optimizer; everything goes on where the other stood."""
+    init = Init(checkpoint=str(finished[0]))
+    run(tmp_path / "weights", cache_dir, init=init, optimizer=AdamW(peak=0.0), evals=(), steps=1)
+    done = metrics.read(finished[0])[-2]
+    assert metrics.read(tmp_path / "weights")[0]["param_norm"] == pytest.approx(done["param_norm"], rel=1e-6)
+    everything = replace(init, parts="all")
+    run(tmp_path / "all", cache_dir, init=everything, evals=(), steps=12)
+    assert [line["step"] for line in metrics.read(tmp_path / "all")] == [11, 12]
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        run(tmp_path / "none", cache_dir, init=Init(checkpoint=str(tmp_path)))
+    wide = replace(tiny.MODEL, d_model=64)
+    with pytest.raises(CheckpointError, match="do not fit the model"):
+        run(tmp_path / "wide", cache_dir, init=init, model=wide, evals=())
+
+
+def test_a_checkpoint_of_one_mesh_goes_on_under_another(finished, tmp_path, cache_dir):
+    experiment = tiny.experiment(steps=10, mesh=ONE)
+    interrupted_after(experiment, tmp_path, cache_dir, step=5)
+    run(tmp_path, cache_dir, replace(experiment, mesh=MeshSpec(data=2, fsdp=2, tensor=2)))
+    wanted, found = metrics.read(finished[0]), metrics.read(tmp_path)
+    np.testing.assert_allclose([l["loss"] for l in found[:-1]], [l["loss"] for l in wanted[:-1]], rtol=1e-4)  # noqa: E741
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mesh": MeshSpec(data=3)}, "batch of 8 rows"),
+        ({"accumulate": 3}, "multiple of 3"),
+        ({"accumulate": 0}, "accumulate is 0"),
+        ({"model": replace(tiny.MODEL, position=Learned(16))}, "table of 16 positions"),
+        ({"model": replace(tiny.MODEL, vocab_size=100)}, "vocab_size"),
+        ({"model": replace(tiny.MODEL, attention=Attention(5))}, "does not split into 5 heads"),
+    ],
+)
+def test_what_cannot_run_is_one_sentence_before_anything_is_written(tmp_path, cache_dir, changes, words):
+    with pytest.raises((UserError, MeshError), match=words) as error:
+        run(tmp_path / "run", cache_dir, **changes)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_profile_leaves_a_trace(tmp_path, cache_dir):
+    experiment = tiny.experiment(steps=8, mesh=ONE, evals=())
+    loop.run(experiment, tmp_path, loop.Options(cache_dir=cache_dir, profile=True))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.slow
+def test_training_reaches_the_entropy_of_its_source(tmp_path, cache_dir):
+    """A model of a first-order chain comes down to the chain's own entropy, and not below it."""
+    corpus = Synthetic(vocab_size=16, num_symbols=400_000)
+    source = replace(tiny.experiment().source, corpus=corpus, batch_size=32, sequence_length=64)
+    evals = (replace(tiny.experiment().evals[0], source=source.validation(num_batches=8), num_batches=8),)
+    result = run(
+        tmp_path, cache_dir, source=source, evals=evals, length=Steps(400), optimizer=AdamW(peak=1e-2), log_every=50
+    )
+    assert corpus.entropy_rate() - 0.02 < result["loss"] < corpus.entropy_rate() + 0.05
