@@ -19,7 +19,7 @@ from research.models.mlp import Mlp
 from research.objectives.next_token import NextToken
 from research.scaling import ladder
 from research.scaling.table import Table
-from research.train.experiment import AdamW, CheckpointPolicy, Experiment, Tokens
+from research.train.experiment import AdamW, Experiment, Tokens
 from research.train.optimizers import Schedule, Share
 
 CORPUS = Stdlib()  # your own text: TextFolder("path/to/folder") or Jsonl("file.jsonl")
@@ -38,7 +38,16 @@ def model(d_model: int, num_layers: int) -> Decoder:
     )
 
 
-MODELS = [model(16, 2), model(24*0+32, 1), model(32, 2), model(48, 2), model(64, 2), model(64, 3), model(96, 3), model(128, 3)]
+MODELS = [
+    model(16, 2),
+    model(24 * 0 + 32, 1),
+    model(32, 2),
+    model(48, 2),
+    model(64, 2),
+    model(64, 3),
+    model(96, 3),
+    model(128, 3),
+]
 
 
 def base() -> Experiment:
@@ -56,13 +65,19 @@ def base() -> Experiment:
 
 def settings(experiment: Experiment) -> Experiment:
     """Learning rate falls with width (Yang et al. 2021: as 1 / width for matrices)."""
-    return replace(experiment, optimizer=replace(experiment.optimizer, peak=0.016 * (32 / experiment.model.d_model)**.5))
+    return replace(
+        experiment,
+        optimizer=replace(experiment.optimizer, peak=0.016 * (32 / experiment.model.d_model) ** 0.5),
+    )
 
 
 def sweep() -> dict[str, Experiment]:
-    return ladder.isoflop(base(), models=MODELS, budgets=BUDGETS, tokens_per_param=(4, 150), min_steps=50, adjust=settings)
+    return ladder.isoflop(
+        base(), models=MODELS, budgets=BUDGETS, tokens_per_param=(4, 150), min_steps=50, adjust=settings
+    )
 
 
 def analyze(runs: Table, out: Path) -> None:
     from research.scaling import report
+
     report.write_report(runs, out=out)

@@ -8,6 +8,7 @@ import os
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 TESTED_JAX = (0, 10)
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -21,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     from research.core.types import UserError
     from research.train.interrupt import Interrupted
 
+    sys.unraisablehook = quiet_unraisable
     try:
         return options.command(options)
     except UserError as error:
@@ -38,6 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def quiet_unraisable(unraisable: Any) -> None:
+    """Drops the complaint of a file write that ended after its event loop: its error has been raised already."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def fail(sentence: str) -> int:
     print(f"lab: error: {sentence}", file=sys.stderr)
     return 2
@@ -50,7 +58,10 @@ def check_jax() -> int:
     version = metadata.version("jax")
     if tuple(int(part) for part in version.split(".")[:2]) > TESTED_JAX:
         tested = ".".join(str(part) for part in TESTED_JAX)
-        print(f"lab: warning: JAX {version} is newer than the tested {tested}; results may differ.", file=sys.stderr)
+        print(
+            f"lab: warning: JAX {version} is newer than the tested {tested}; results may differ.",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -149,17 +160,27 @@ def list_runs(options: argparse.Namespace) -> int:
 def sample(options: argparse.Namespace) -> int:
     from launch import sample as samples
 
-    return samples.sample(
-        options.run, options.prompt, tokens=options.tokens, temperature=options.temperature, seed=options.seed
+    print(
+        samples.sample(
+            options.run,
+            prompt=options.prompt,
+            tokens=options.tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+        )
     )
+    return 0
 
 
 def train_tokenizer(options: argparse.Namespace) -> int:
     from launch import sample as samples
 
-    return samples.train_tokenizer(
-        options.corpus, kind=options.kind, vocab_size=options.vocab_size, text_field=options.text_field
+    print(
+        samples.tokenizer(
+            options.corpus, kind=options.kind, vocab_size=options.vocab_size, text_field=options.text_field
+        )
     )
+    return 0
 
 
 if __name__ == "__main__":

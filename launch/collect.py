@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gathers every run of a study into one table."""
 
-import json
 from pathlib import Path
 from typing import Any
 

@@ -37,7 +37,9 @@ def experiment(steps: int = 20, **changes: Any) -> Experiment:
     return replace(tiny, **changes)
 
 
-def batch(*, rows: int = 8, length: int = 32, vocab_size: int = 264, documents: int = 1, seed: int = 1) -> dict[str, Any]:
+def batch(
+    *, rows: int = 8, length: int = 32, vocab_size: int = 264, documents: int = 1, seed: int = 1
+) -> dict[str, Any]:
     """A random packed batch: ``documents`` pieces of equal length in each row, a few tokens without weight."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocab_size, (rows, length + 1), np.int32)

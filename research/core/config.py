@@ -119,8 +119,7 @@ def config_hash(value: Any, length: int = 12) -> str:
     def short(record: Any) -> Any:
         if isinstance(record, dict):
             return {
-                k: v.rpartition(":")[2] if k == TYPE_KEY and isinstance(v, str) else short(v)
-                for k, v in record.items()
+                k: v.rpartition(":")[2] if k == TYPE_KEY and isinstance(v, str) else short(v) for k, v in record.items()
             }
         return [short(child) for child in record] if isinstance(record, list) else record
 
@@ -167,8 +166,7 @@ def _override(config: Any, parts: list[str], text: str, path: str, annotation: A
     if isinstance(config, tuple):
         if not head.isdigit() or int(head) >= len(config):
             raise ConfigError(
-                f"--set {path}: {head!r} is not an index into a tuple of {len(config)} "
-                f"(0 to {len(config) - 1} are)."
+                f"--set {path}: {head!r} is not an index into a tuple of {len(config)} (0 to {len(config) - 1} are)."
             )
         index = int(head)
         args = typing.get_args(annotation)
@@ -207,9 +205,7 @@ def parse(text: str, annotation: Any, path: str, current: Any = None) -> Any:
             continue
     if dataclasses.is_dataclass(current):
         names = ", ".join(f.name for f in dataclasses.fields(current))
-        raise ConfigError(
-            f"--set {path}: this is a whole {type(current).__name__}; set one of its fields ({names})."
-        )
+        raise ConfigError(f"--set {path}: this is a whole {type(current).__name__}; set one of its fields ({names}).")
     raise ConfigError(f"--set {path}: {text!r} is not {_describe(members)}.")
 
 
@@ -262,6 +258,7 @@ def _describe(members: tuple[Any, ...]) -> str:
         elif member is type(None):
             words.append("none")
         else:
-            words.append({int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
-                member, str(member)))
+            words.append(
+                {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(member, str(member))
+            )
     return " or ".join(words)

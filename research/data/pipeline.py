@@ -136,8 +136,7 @@ class TextSource:
 
     def _tokens(self, tokenizer: Tokenizer, split: str, cache_dir: Path) -> list[Tokens]:
         return [
-            tokenised(part, tokenizer=tokenizer, split=split, cache_dir=cache_dir)
-            for part, _ in parts(self.corpus)
+            tokenised(part, tokenizer=tokenizer, split=split, cache_dir=cache_dir) for part, _ in parts(self.corpus)
         ]
 
 
@@ -151,9 +150,7 @@ class TextStream:
     num_batches: batches of a stream in order; None where the stream is endless.
     """
 
-    def __init__(
-        self, source: TextSource, context: Context, *, tokenizer: Tokenizer, tokens: Sequence[Tokens]
-    ) -> None:
+    def __init__(self, source: TextSource, context: Context, *, tokenizer: Tokenizer, tokens: Sequence[Tokens]) -> None:
         self.source, self.tokenizer = source, tokenizer
         self._sharding = batch_sharding(context.mesh)
         self._shape = (source.batch_size, source.sequence_length)
@@ -258,9 +255,7 @@ class TextStream:
                 f"This is not the state of a text stream ({error!r}): resume from a checkpoint that this "
                 "experiment wrote."
             ) from error
-        changed = [
-            f"the {name} (was {old[name]}, is {now})" for name, now in self._data.items() if old[name] != now
-        ]
+        changed = [f"the {name} (was {old[name]}, is {now})" for name, now in self._data.items() if old[name] != now]
         if changed:
             raise DataError(
                 f"The data are not those of the checkpoint; changed: {', '.join(changed)}. Restore them, or "
@@ -282,10 +277,7 @@ class TextStream:
 
     def _host_batch(self, row: int) -> dict[tuple[int, int], dict[str, np.ndarray]]:
         """The rows that this host's devices hold, by span within the batch."""
-        spans = {
-            self._span(index)
-            for index in self._sharding.addressable_devices_indices_map(self._shape).values()
-        }
+        spans = {self._span(index) for index in self._sharding.addressable_devices_indices_map(self._shape).values()}
         return {(start, stop): self.assemble(row + start, row + stop) for start, stop in sorted(spans)}
 
     def _span(self, index: tuple[slice, ...]) -> tuple[int, int]:

@@ -45,9 +45,7 @@ class SentencePieceTokenizer(Tokenizer):
         plain = [i for i, text in enumerate(texts) if SPACE_MARK not in text]
         encoded: list[Any] = [None] * len(texts)
         threads = min(os.cpu_count() or 1, 16)
-        for i, ids in zip(
-            plain, self._processor.encode([texts[i] for i in plain], num_threads=threads), strict=True
-        ):
+        for i, ids in zip(plain, self._processor.encode([texts[i] for i in plain], num_threads=threads), strict=True):
             encoded[i] = np.array(ids, np.int32)
         for i, text in enumerate(texts):
             if encoded[i] is None:
@@ -92,9 +90,7 @@ class SentencePiece:
 
     def __post_init__(self) -> None:
         if self.kind not in ("bpe", "unigram"):
-            raise TokenizerError(
-                f"A SentencePiece vocabulary is of the kind 'bpe' or 'unigram'; given {self.kind!r}."
-            )
+            raise TokenizerError(f"A SentencePiece vocabulary is of the kind 'bpe' or 'unigram'; given {self.kind!r}.")
         if self.vocab_size < SMALLEST:
             raise TokenizerError(
                 f"A SentencePiece vocabulary needs at least {SMALLEST} ids (specials and bytes: 260); given "
@@ -162,12 +158,8 @@ class SentencePiece:
                 f"{least[1]} or more, or lower character_coverage."
             )
         if most or "sentences_.empty()" in message:
-            return (
-                "The train split holds too little text for a SentencePiece vocabulary: add text or use Bytes."
-            )
-        return (
-            f"SentencePiece could not train this vocabulary ({message}): change its settings, or use Bytes."
-        )
+            return "The train split holds too little text for a SentencePiece vocabulary: add text or use Bytes."
+        return f"SentencePiece could not train this vocabulary ({message}): change its settings, or use Bytes."
 
 
 def training_lines(texts: Iterable[str]) -> Iterator[str]:

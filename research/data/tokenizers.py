@@ -102,17 +102,14 @@ class Characters:
     def __post_init__(self) -> None:
         if self.min_count < 1 or self.max_characters < 1:
             raise TokenizerError(
-                f"min_count and max_characters must be at least 1; given {self.min_count} and "
-                f"{self.max_characters}."
+                f"min_count and max_characters must be at least 1; given {self.min_count} and {self.max_characters}."
             )
 
     def train(self, texts: Iterable[str]) -> Tokenizer:
         counts: Counter[str] = Counter()
         for text in texts:
             counts.update(text)
-        often = [
-            c for c, n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])) if n >= self.min_count
-        ]
+        often = [c for c, n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])) if n >= self.min_count]
         kept = sorted(c for c in often[: self.max_characters] if not "\ud800" <= c <= "\udfff")
         return CharacterTokenizer((b"",) * len(SPECIALS) + BYTE_PIECES + tuple(c.encode() for c in kept))
 
@@ -128,9 +125,7 @@ def train_tokenizer(spec: TokenizerSpec, corpus: Corpus, *, cache_dir: Path) -> 
     def build(folder: Path) -> None:
         spec.train(sample(corpus, limit=spec.sample_limit, cache_dir=cache_dir)).save(folder)
 
-    return cached_folder(
-        tokenizer_folder(spec, corpus, cache_dir=cache_dir), build=build, load=load_tokenizer
-    )
+    return cached_folder(tokenizer_folder(spec, corpus, cache_dir=cache_dir), build=build, load=load_tokenizer)
 
 
 def tokenizer_folder(spec: TokenizerSpec, corpus: Corpus, *, cache_dir: Path) -> Path:

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 
 import jax
 
-from research.core.types import Array, Batch, Context, EvalRun, Metrics, Objective, Policy, Source, WeightedSum
+from research.core.types import (
+    Array,
+    Batch,
+    Context,
+    EvalRun,
+    Metrics,
+    Objective,
+    Policy,
+    Source,
+    WeightedSum,
+)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,9 @@ class Attention:
             )
         return self.head_dim or d_model // self.num_heads
 
-    def build(self, d_model: int, num_layers: int, weight_init: WeightInit, precision: Precision, platform: str) -> nn.Module:
+    def build(
+        self, d_model: int, num_layers: int, weight_init: WeightInit, precision: Precision, platform: str
+    ) -> nn.Module:
         return _Attention(self, d_model, num_layers, weight_init, precision, platform, name="attention")
 
 

@@ -99,9 +99,7 @@ class Decoder:
 
     def logical_axes(self) -> Any:
         """A tree like the parameters, with a tuple of logical axis names for each."""
-        boxed = jax.eval_shape(
-            functools.partial(self.init_boxed, precision=Precision()), jax.random.key(0)
-        )
+        boxed = jax.eval_shape(functools.partial(self.init_boxed, precision=Precision()), jax.random.key(0))
         return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
 
     def bind(self, params: Params, buffers: Params, precision: Precision, *, platform: str = "cpu") -> Bound:

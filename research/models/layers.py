@@ -119,7 +119,9 @@ class Embedding(nn.Module):
     precision: Precision
 
     def setup(self) -> None:
-        self.table_VD = param(self, "table", self.initializer, (self.rows, self.d_model), self.axes, self.precision.params)
+        self.table_VD = param(
+            self, "table", self.initializer, (self.rows, self.d_model), self.axes, self.precision.params
+        )
 
     def __call__(self, ids_BT: Array) -> Array:
         return jnp.take(self.table_VD, ids_BT, axis=0).astype(self.precision.compute)

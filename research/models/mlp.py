@@ -26,7 +26,9 @@ class Mlp:
     def gated(self) -> bool:
         return self.activation in GATES
 
-    def build(self, d_model: int, num_layers: int, weight_init: WeightInit, precision: Precision, platform: str) -> nn.Module:
+    def build(
+        self, d_model: int, num_layers: int, weight_init: WeightInit, precision: Precision, platform: str
+    ) -> nn.Module:
         return _Mlp(self, d_model, num_layers, weight_init, precision, platform, name="mlp")
 
 

@@ -57,7 +57,13 @@ class NextToken:
 
 
 def token_sums(
-    head: Head, hidden_BTD: Array, targets_BT: Array, weights_BT: Array, *, z_loss: float = 0.0, chunk: int = 512
+    head: Head,
+    hidden_BTD: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    *,
+    z_loss: float = 0.0,
+    chunk: int = 512,
 ) -> TokenSums:
     """Sums over tokens of the loss and its companions, in float32.
 
@@ -110,7 +116,9 @@ def _chunked_forward(
         total, head_gradient = carry
         part_hidden, part_targets, part_weights = part
         gradients, sums = jax.grad(
-            lambda head, x: _chunk_sums(head, z_loss, x, part_targets, part_weights), argnums=(0, 1), has_aux=True
+            lambda head, x: _chunk_sums(head, z_loss, x, part_targets, part_weights),
+            argnums=(0, 1),
+            has_aux=True,
         )(head, part_hidden)
         accumulated = jax.tree.map(lambda a, g: a + g.astype(a.dtype), head_gradient, gradients[0])
         return (jax.tree.map(jnp.add, total, sums), accumulated), gradients[1]

@@ -67,11 +67,7 @@ def forward_flops_per_token(model: Decoder, *, sequence_length: int) -> ForwardF
     d_model, attention, mlp = model.d_model, model.attention, model.mlp
     width = attention.width(d_model)
     return ForwardFlops(
-        projections=2.0
-        * model.num_layers
-        * d_model
-        * width
-        * (2 * attention.num_heads + 2 * attention.kv_heads),
+        projections=2.0 * model.num_layers * d_model * width * (2 * attention.num_heads + 2 * attention.kv_heads),
         scores=4.0 * model.num_layers * sequence_length * attention.num_heads * width,
         mlp=2.0 * model.num_layers * d_model * mlp.d_ff * (3 if mlp.gated else 2),
         head=2.0 * d_model * model.vocab_size,

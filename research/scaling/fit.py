@@ -48,9 +48,7 @@ class Points:
             raise UserError("params, tokens and loss must be three lists of the same length.")
         values = np.concatenate([self.params, self.tokens, self.loss])
         if not np.all(np.isfinite(values) & (values > 0)):
-            raise UserError(
-                "A law is fitted to finite positive params, tokens and losses: leave other runs out."
-            )
+            raise UserError("A law is fitted to finite positive params, tokens and losses: leave other runs out.")
 
     @classmethod
     def of(cls, runs: Iterable[Run], *, parameters: ParameterCount = "total") -> "Points":
@@ -125,9 +123,7 @@ def fit_law(points: Points, *, delta: float = 1e-3, restarts: int = 12) -> Fit:
     converged = gradient <= GRADIENT and (agreeing >= 2 or len(results) == 1)
     message = f"{agreeing} of {len(results)} starts reach the same minimum; projected gradient {gradient:.1e}"
     if not converged:
-        message += (
-            f"; NOT CONVERGED (a gradient of at most {GRADIENT:.0e} and 2 agreeing starts are asked for)"
-        )
+        message += f"; NOT CONVERGED (a gradient of at most {GRADIENT:.0e} and 2 agreeing starts are asked for)"
     evaluations = sum(count for _, count in results)
     return Fit(
         law=problem.law(theta),
@@ -255,9 +251,7 @@ class _Problem:
     def projected_gradient(self, theta: np.ndarray) -> float:
         """The largest derivative that bounds do not stop, over delta and the number of points."""
         gradient = self.gradient(theta)
-        stopped = ((theta <= self.low + 1e-6) & (gradient > 0)) | (
-            (theta >= self.high - 1e-6) & (gradient < 0)
-        )
+        stopped = ((theta <= self.low + 1e-6) & (gradient > 0)) | ((theta >= self.high - 1e-6) & (gradient < 0))
         return float(np.max(np.abs(np.where(stopped, 0.0, gradient)))) / (self.delta * len(self.log_loss))
 
     # --- search

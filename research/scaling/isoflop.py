@@ -88,9 +88,7 @@ def fit_isoflop(runs: Iterable[Run], *, parameters: ParameterCount = "total") ->
     if len(found) < 2:
         return IsoFlop(curves, None, None, None)
     flops = [curve.flops for curve in found]
-    laws = [
-        fit_power_law(flops, y=[getattr(c, name) for c in found]) for name in ("params", "tokens", "loss")
-    ]
+    laws = [fit_power_law(flops, y=[getattr(c, name) for c in found]) for name in ("params", "tokens", "loss")]
     return IsoFlop(curves, *laws)
 
 
@@ -112,9 +110,7 @@ def fit_curve(runs: Sequence[Run], *, parameters: ParameterCount = "total") -> C
     }
     distinct = len(np.unique(sizes))
     if distinct < FEWEST_SIZES:
-        advice = (
-            f"run sizes around {sizes[np.argmin(losses)]:,.0f} parameters, at least {FEWEST_SIZES} in all"
-        )
+        advice = f"run sizes around {sizes[np.argmin(losses)]:,.0f} parameters, at least {FEWEST_SIZES} in all"
         return Curve(**common, problem=f"not bracketed: {advice} (there are {distinct}).")
     centre = float(np.log(sizes).mean())
     u = np.log(sizes) - centre
@@ -147,11 +143,7 @@ def _problem(c2: float, vertex: float, u: np.ndarray, sizes: np.ndarray, losses:
             advice = f"around {sizes[where]:,.0f} parameters"
         return f"not bracketed: run sizes {advice}, for the parabola does not open upward."
     if vertex <= float(u.min()):
-        return (
-            f"not bracketed: run sizes below {sizes[0]:,.0f} parameters, where the parabola has its vertex."
-        )
+        return f"not bracketed: run sizes below {sizes[0]:,.0f} parameters, where the parabola has its vertex."
     if vertex >= float(u.max()):
-        return (
-            f"not bracketed: run sizes above {sizes[-1]:,.0f} parameters, where the parabola has its vertex."
-        )
+        return f"not bracketed: run sizes above {sizes[-1]:,.0f} parameters, where the parabola has its vertex."
     return None

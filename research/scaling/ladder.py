@@ -64,9 +64,7 @@ def isoflop(
     return experiments
 
 
-def check_budget(
-    experiment: Experiment, *, budget: float, tolerance: float = 0.01, min_steps: int = 100
-) -> None:
+def check_budget(experiment: Experiment, *, budget: float, tolerance: float = 0.01, min_steps: int = 100) -> None:
     """Raises UserError where the run's exact FLOPs miss the budget by more than ``tolerance``, or its steps
     are few."""
     step = experiment.tokens_per_step * experiment.flops_per_token
@@ -108,9 +106,7 @@ def choose(
     """
     low, high = tokens_per_param
     if not 0 < low < high:
-        raise UserError(
-            f"tokens_per_param is {tokens_per_param}: give (lowest, highest), positive and rising."
-        )
+        raise UserError(f"tokens_per_param is {tokens_per_param}: give (lowest, highest), positive and rising.")
     labelled, ratios = labels(models, parameters=parameters), {}
     for label, model in labelled.items():
         tokens = budget / cost.training_flops_per_token(model, sequence_length=sequence_length)
@@ -166,26 +162,20 @@ def grid(
     for d_model in d_models:
         heads = d_model // head_dim
         if heads < 1 or d_model % head_dim:
-            raise UserError(
-                f"d_model {d_model} does not split into heads of {head_dim}: choose a multiple of it."
-            )
+            raise UserError(f"d_model {d_model} does not split into heads of {head_dim}: choose a multiple of it.")
         group = base.attention.num_heads // base.attention.kv_heads
         kv_heads = heads // group if group > 1 and heads % group == 0 else None
         attention = dataclasses.replace(base.attention, num_heads=heads, num_kv_heads=kv_heads, head_dim=None)
         mlp = dataclasses.replace(base.mlp, d_ff=max(8, 8 * round(ff_ratio * d_model / 8)))
         layers = max(1, round(d_model / aspect))
-        models.append(
-            dataclasses.replace(base, d_model=d_model, num_layers=layers, attention=attention, mlp=mlp)
-        )
+        models.append(dataclasses.replace(base, d_model=d_model, num_layers=layers, attention=attention, mlp=mlp))
     return tuple(models)
 
 
 def geometric(first: float, *, last: float, count: int) -> tuple[float, ...]:
     """``count`` numbers from first to last at equal ratios, e.g. budgets in FLOPs."""
     if not (first > 0 and last > 0 and count >= 1):
-        raise UserError(
-            f"geometric needs positive ends and a count of at least 1; given {first}, {last}, {count}."
-        )
+        raise UserError(f"geometric needs positive ends and a count of at least 1; given {first}, {last}, {count}.")
     if count == 1:
         return (float(first),)
     return tuple(float(first) * (last / first) ** (index / (count - 1)) for index in range(count))
@@ -216,9 +206,7 @@ def labels(models: Models, *, parameters: ParameterCount = "total") -> dict[str,
     if isinstance(models, Mapping):
         return dict(models)
     counts = [count(model, parameters=parameters) for model in models]
-    names = _distinct(
-        counts, lambda value, digits: f"n{short_count(value, digits=digits)}", "parameter counts"
-    )
+    names = _distinct(counts, lambda value, digits: f"n{short_count(value, digits=digits)}", "parameter counts")
     return dict(zip(names, models, strict=True))
 
 

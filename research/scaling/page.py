@@ -70,9 +70,7 @@ def _law(record: Mapping[str, Any]) -> str:
         for name in ("E", "A", "B", "alpha", "beta")
     ]
     intervals = _table(("", "value", "2.5%", "97.5%"), rows)
-    return (
-        f'<h2>The law</h2><p class="law">{equation}</p>{intervals}<p>Intervals are bootstraps over runs.</p>'
-    )
+    return f'<h2>The law</h2><p class="law">{equation}</p>{intervals}<p>Intervals are bootstraps over runs.</p>'
 
 
 def _findings(record: Mapping[str, Any]) -> str:
@@ -114,14 +112,8 @@ def _isoflop(record: Mapping[str, Any]) -> str:
     rows = []
     for curve in record["curves"]:
         found = curve["problem"] is None
-        cells = (
-            (f"{curve['params']:,.0f}", f"{curve['tokens']:,.0f}", f"{curve['loss']:.4f}")
-            if found
-            else ("",) * 3
-        )
-        rows.append(
-            (f"{curve['flops']:.3g}", str(len(curve["sizes"])), *cells, curve["problem"] or "bracketed")
-        )
+        cells = (f"{curve['params']:,.0f}", f"{curve['tokens']:,.0f}", f"{curve['loss']:.4f}") if found else ("",) * 3
+        rows.append((f"{curve['flops']:.3g}", str(len(curve["sizes"])), *cells, curve["problem"] or "bracketed"))
     text = "<h2>IsoFLOP minima</h2>" + _table(
         ("FLOPs", "runs", "params at minimum", "tokens at minimum", "loss at minimum", ""), rows
     )
@@ -168,9 +160,7 @@ def _runs(record: Mapping[str, Any], table: Table) -> str:
     return f'<h2>All runs</h2><p>Runs in grey are left out of the fits.</p><div class="scroll">{body}</div>'
 
 
-def _table(
-    names: Sequence[str], rows: Iterable[Sequence[str]], *, classes: Sequence[str] | None = None
-) -> str:
+def _table(names: Sequence[str], rows: Iterable[Sequence[str]], *, classes: Sequence[str] | None = None) -> str:
     rows = list(rows)
     head = "".join(f"<th>{_text(name)}</th>" for name in names) if any(names) else ""
     lines = []

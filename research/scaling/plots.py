@@ -20,9 +20,7 @@ from research.scaling.laws import FlopsPerToken, optimum
 from research.scaling.recommend import HeldOut
 from research.scaling.table import ParameterCount, Run
 
-Curves = Mapping[
-    str, Sequence[tuple[float, float]]
-]  # run's name -> [(training FLOPs, loss in nats per token), ...]
+Curves = Mapping[str, Sequence[tuple[float, float]]]  # run's name -> [(training FLOPs, loss in nats per token), ...]
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
 MOST_NAMED = 10  # budgets in a legend
 MARKERS = "osD^vP*X<>"
@@ -84,9 +82,7 @@ def loss_against_compute(
 
     sizes = [run.count(parameters) for run in runs]
     low, high = min(sizes), max(sizes)
-    norm = LogNorm(
-        low / 1.05, high * (1.9 if high > low else 1.05)
-    )  # the last, yellow part is hard to see on white
+    norm = LogNorm(low / 1.05, high * (1.9 if high > low else 1.05))  # the last, yellow part is hard to see on white
     colours = matplotlib.colormaps["viridis"]
     for run in sorted(runs, key=lambda r: -r.count(parameters)):
         colour = colours(norm(run.count(parameters)))
@@ -125,9 +121,7 @@ def isoflop_curves(axes: Any, *, found: IsoFlop, parameters: ParameterCount = "t
         face = colour if curve.bracketed else "white"
         label = f"{_power(curve.flops)} FLOPs" + ("" if curve.bracketed else " (not bracketed)")
         label = label if len(found.curves) <= MOST_NAMED or curve.bracketed and index % every == 0 else None
-        axes.plot(
-            curve.sizes, curve.losses, marker, color=colour, markerfacecolor=face, markersize=5.5, label=label
-        )
+        axes.plot(curve.sizes, curve.losses, marker, color=colour, markerfacecolor=face, markersize=5.5, label=label)
         if curve.coefficients is not None:
             x = np.geomspace(curve.sizes[0], curve.sizes[-1], 100)
             axes.plot(x, curve(x), "-" if curve.bracketed else ":", color=colour, linewidth=1.3, alpha=0.85)
@@ -158,9 +152,7 @@ def optimal_size(
     if len(best) > 1:
         slope = math.log(best[-1].params / best[0].params) / math.log(best[-1].flops / best[0].flops)
         text = f"law: compute$^{{{slope:.2f}}}$"
-        axes.plot(
-            [b.flops for b in best], [b.params for b in best], "--", color=BLACK, linewidth=1.4, label=text
-        )
+        axes.plot([b.flops for b in best], [b.params for b in best], "--", color=BLACK, linewidth=1.4, label=text)
     if found.params_law is not None:
         text = f"IsoFLOP: compute$^{{{found.params_law.exponent:.2f}}}$"
         axes.plot(grid, found.params_law(grid), "-", color=BLUE, linewidth=1.4, label=text)
@@ -257,9 +249,7 @@ def _star(axes: Any, curve: Curve) -> None:
 def _ordered(count: int) -> list[Any]:
     import matplotlib
 
-    return [matplotlib.colormaps["viridis"](position) for position in np.linspace(0.0, 0.82, max(1, count))][
-        :count
-    ]
+    return [matplotlib.colormaps["viridis"](position) for position in np.linspace(0.0, 0.82, max(1, count))][:count]
 
 
 def _log_loss(axes: Any, losses: Sequence[float], *, both: bool = False) -> None:

@@ -108,9 +108,7 @@ class HeldOut:
         )
 
 
-def recommend(
-    law: Chinchilla, *, flops: float, flops_per_token: FlopsPerToken, largest_flops: float
-) -> Recommendation:
+def recommend(law: Chinchilla, *, flops: float, flops_per_token: FlopsPerToken, largest_flops: float) -> Recommendation:
     """The law's compute-optimal model at a budget, with FLOPs per token as a function of params.
 
     largest_flops: the largest budget of the runs behind the law. Raises UserError where the law has no
@@ -160,8 +158,7 @@ def hold_out(runs: Iterable[Run], *, parameters: ParameterCount = "total", delta
     groups = by_budget(run for run in runs if run.problem is None)
     if len(groups) < 3:
         raise UserError(
-            "The held-out test needs runs at 3 budgets or more, to fit without the largest; there are "
-            f"{len(groups)}."
+            f"The held-out test needs runs at 3 budgets or more, to fit without the largest; there are {len(groups)}."
         )
     *kept, last = groups
     fit = fit_law(Points.of([run for group in kept for run in group], parameters=parameters), delta=delta)
@@ -213,9 +210,7 @@ def cost_model(runs: Iterable[Run], *, parameters: ParameterCount = "total") -> 
         ((law.coefficient, law.exponent),),
         tuple(zip(coefficients.tolist(), exponents, strict=True)),
     ):
-        errors = [
-            CostModel(terms, 0.0)(size) / flops - 1 for size, flops in zip(sizes, per_token, strict=True)
-        ]
+        errors = [CostModel(terms, 0.0)(size) / flops - 1 for size, flops in zip(sizes, per_token, strict=True)]
         models.append(CostModel(terms, float(np.max(np.abs(errors)))))
     return min(models, key=lambda model: model.largest_error)
 

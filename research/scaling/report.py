@@ -67,9 +67,7 @@ class Conclusion:
     @property
     def sentences(self) -> tuple[str, ...]:
         """The findings in words: recommendation, held-out test, remarks."""
-        found = [
-            part.sentence for part in (self.from_law, self.from_isoflop, self.held_out) if part is not None
-        ]
+        found = [part.sentence for part in (self.from_law, self.from_isoflop, self.held_out) if part is not None]
         return (*found, *self.remarks)
 
 
@@ -149,9 +147,7 @@ def _check(runs: list[Run], table: Table, parameters: ParameterCount) -> None:
         )
     bad = next((run for run in runs if run.count(parameters) <= 0), None)
     if bad is not None:
-        raise UserError(
-            f"The run {bad.name} has {bad.count(parameters)} {parameters} parameters: a law needs some."
-        )
+        raise UserError(f"The run {bad.name} has {bad.count(parameters)} {parameters} parameters: a law needs some.")
 
 
 def _try(make: Callable[[], Any], remarks: list[str]) -> Any:
@@ -171,9 +167,7 @@ def _remarks(table: Table, fit: Fit, found: IsoFlop) -> list[str]:
     remarks += [f"{curve.flops:.3g} FLOPs: {curve.problem}" for curve in found.curves if not curve.bracketed]
     corpora = {(run.corpus_bytes, run.corpus_hash) for run in table.finished()}
     if len(corpora) > 1:
-        remarks.append(
-            f"The runs were not trained on one corpus but on {len(corpora)}: their losses may not compare."
-        )
+        remarks.append(f"The runs were not trained on one corpus but on {len(corpora)}: their losses may not compare.")
     return remarks
 
 
@@ -195,15 +189,11 @@ def _pictures(
             a, runs=runs, fit=fit, held_out=conclusion.held_out, parameters=parameters
         ),
     }
-    pictures = {
-        "overview.png": plots.panels(list(draws.values()), columns=2, width=14, height=9.6, title=title)
-    }
+    pictures = {"overview.png": plots.panels(list(draws.values()), columns=2, width=14, height=9.6, title=title)}
     return pictures | {name: plots.picture(draw) for name, draw in draws.items()}
 
 
-def law_record(
-    conclusion: Conclusion, table: Table, *, title: str, notes: Sequence[str] = ()
-) -> dict[str, Any]:
+def law_record(conclusion: Conclusion, table: Table, *, title: str, notes: Sequence[str] = ()) -> dict[str, Any]:
     """The content of law.json: plain values, None for what is absent or not finite."""
     fit, held_out = conclusion.fit, conclusion.held_out
     names = Points.of(table, parameters=conclusion.parameters).names
@@ -212,9 +202,7 @@ def law_record(
         "title": title,
         "notes": list(notes),
         "law": {"form": "loss = E + A / params^alpha + B / tokens^beta", **dataclasses.asdict(fit.law)},
-        "intervals_95": {
-            name: dataclasses.asdict(interval) for name, interval in conclusion.intervals.items()
-        },
+        "intervals_95": {name: dataclasses.asdict(interval) for name, interval in conclusion.intervals.items()},
         "exponents": {
             "params_in_compute": fit.law.beta / (fit.law.alpha + fit.law.beta),
             "tokens_in_compute": fit.law.alpha / (fit.law.alpha + fit.law.beta),

@@ -82,9 +82,7 @@ class Table:
         seen: set[str] = set()
         for run in self.runs:
             if run.name in seen:
-                raise UserError(
-                    f"Two runs of the table are named {run.name!r}: give every run a name of its own."
-                )
+                raise UserError(f"Two runs of the table are named {run.name!r}: give every run a name of its own.")
             seen.add(run.name)
 
     def __len__(self) -> int:
@@ -140,9 +138,7 @@ def read_csv(path: Path | str) -> Table:
             reader = csv.DictReader(file)
             rows, header = list(reader), reader.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(
-            f"The table {path} cannot be read ({error}): give the path of a table of runs."
-        ) from error
+        raise UserError(f"The table {path} cannot be read ({error}): give the path of a table of runs.") from error
     absent = [name for name in REQUIRED if name not in header]
     if absent:
         raise UserError(f"The table {path} has no column {absent[0]!r}: it needs {', '.join(REQUIRED)}.")

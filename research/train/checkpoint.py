@@ -62,7 +62,8 @@ class Checkpointer:
         if self._opened is None:
             import orbax.checkpoint as ocp
 
-            logging.getLogger("absl").setLevel(logging.ERROR)
+            # what fails is raised here as one sentence; Orbax would log its tracebacks besides
+            logging.getLogger("absl").setLevel(logging.CRITICAL)
             self._opened = ocp.CheckpointManager(
                 self._folder.absolute(),
                 options=ocp.CheckpointManagerOptions(
@@ -108,7 +109,9 @@ class Checkpointer:
                 raise self._failed("read", step, error) from error
             check_unchanged(saved["experiment"], experiment, self.directory)
         targets = jax.tree.map(
-            lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), shapes, layout
+            lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
+            shapes,
+            layout,
         )
         rest = targets._replace(params=None)._asdict()
         try:
@@ -144,13 +147,19 @@ class Checkpointer:
             self._opened.close()
 
     def _failed(self, verb: str, step: int | None, error: Exception) -> CheckpointError:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = brief(error)
         which = self._folder / str(step) if step is not None else self._folder
         if verb == "read":
             todo = "remove that folder to go on from an earlier checkpoint or from the start"
         else:
             todo = f"earlier ones are whole (steps {steps(self.directory) or 'none'}): free some space and start again"
         return CheckpointError(f"The checkpoint {which} could not be {verb} ({reason}); {todo}.")
+
+
+def brief(error: Exception) -> str:
+    """An error's text on one line; of a long one the beginning (what) and the end (why)."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:100]} ... {text[-180:]}"
 
 
 def locate(path: str | os.PathLike) -> tuple[Path, int]:
@@ -173,9 +182,13 @@ def load_experiment(path: str | os.PathLike) -> Any:
 
     directory, step = locate(path)
     try:
-        record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(directory.absolute() / FOLDER / str(step) / "experiment")
+        record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(
+            directory.absolute() / FOLDER / str(step) / "experiment"
+        )
     except Exception as error:
-        raise CheckpointError(f"The checkpoint {directory / FOLDER / str(step)} cannot be read ({error}).") from error
+        raise CheckpointError(
+            f"The checkpoint {directory / FOLDER / str(step)} cannot be read ({brief(error)})."
+        ) from error
     return config.from_json(record)
 
 
@@ -189,8 +202,7 @@ def load_params(path: str | os.PathLike, shapes: Any, layout: Any) -> Any:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(directory.absolute() / FOLDER / str(step) / "params", targets)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"The parameters in {directory / FOLDER / str(step)} do not fit the model asked for, or cannot be "
-            f"read ({reason})."
+            f"read ({brief(error)})."
         ) from error

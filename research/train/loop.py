@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from research.core import sharding
-from research.core.types import Context, Eval, EvalRun, Stream
+from research.core.types import Context, EvalRun, Stream
 from research.scaling import cost
 from research.train import hardware, metrics, provenance
 from research.train.checkpoint import Checkpointer, check_unchanged
@@ -66,7 +66,12 @@ def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, 
             provenance.record(directory, mesh, step=done, extra={"data": stream.info})
             peak = hardware.peak_flops(mesh, options.cache_dir)
             with Monitor(
-                experiment, checkpoints, step=done, peak=peak, progress=options.progress, profile=options.profile
+                experiment,
+                checkpoints,
+                step=done,
+                peak=peak,
+                progress=options.progress,
+                profile=options.profile,
             ) as monitor:
                 train(program, state, stream, evals, checkpoints, monitor, interrupt)
         finally:

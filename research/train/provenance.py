@@ -14,7 +14,17 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "sentencepiece", "numpy")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorflow-datasets",
+    "sentencepiece",
+    "numpy",
+)
 FILE = "provenance.jsonl"
 MAX_DIFF = 200_000
 

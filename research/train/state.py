@@ -31,9 +31,7 @@ class TrainState(NamedTuple):
 
 def transformation(experiment: Experiment) -> optax.GradientTransformation:
     """The experiment's optimizer, its groups chosen by the model's logical axes."""
-    return experiment.optimizer.build(
-        experiment.model.shapes(experiment.precision), experiment.model.logical_axes()
-    )
+    return experiment.optimizer.build(experiment.model.shapes(experiment.precision), experiment.model.logical_axes())
 
 
 def fresh(experiment: Experiment, tx: optax.GradientTransformation) -> TrainState:
@@ -68,4 +66,3 @@ def shapes_and_shardings(
         key=everywhere,
     )
     return shapes, layout
-

@@ -30,7 +30,11 @@ def make_step(experiment: Experiment, tx: optax.GradientTransformation, *, platf
         return objective(policy, frozen, batch, key)
 
     def gradient(
-        state: TrainState, frozen: Mapping[str, Bound], batch: Batch, key: Array, weights: Mapping[str, Array] | None
+        state: TrainState,
+        frozen: Mapping[str, Bound],
+        batch: Batch,
+        key: Array,
+        weights: Mapping[str, Array] | None,
     ) -> tuple[Params, Loss]:
         def scalar(params: Params) -> tuple[Array, Loss]:
             result = loss(params, state.buffers, frozen, batch, key)
@@ -42,9 +46,7 @@ def make_step(experiment: Experiment, tx: optax.GradientTransformation, *, platf
 
         return jax.grad(scalar, has_aux=True)(state.params)
 
-    def accumulated(
-        state: TrainState, frozen: Mapping[str, Bound], batch: Batch, key: Array
-    ) -> tuple[Params, Loss]:
+    def accumulated(state: TrainState, frozen: Mapping[str, Bound], batch: Batch, key: Array) -> tuple[Params, Loss]:
         parts = jax.tree.map(lambda x: microbatch(x, microbatches), batch)
         keys = jax.random.split(key, microbatches)
 

@@ -4,11 +4,11 @@ import json
 from dataclasses import dataclass, replace
 
 import pytest
-from tests import tiny
 
 from research.core import config
 from research.core.config import ConfigError, config_hash, from_json, override, to_json
 from research.train.experiment import Experiment, Tokens
+from tests import tiny
 
 
 def test_json_round_trip_is_the_same_experiment():

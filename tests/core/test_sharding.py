@@ -2,11 +2,11 @@
 import jax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from tests import tiny
 
 from research.core import sharding
 from research.core.sharding import MeshError, MeshSpec
 from research.core.types import Precision
+from tests import tiny
 
 
 def test_data_takes_the_devices_that_are_left():

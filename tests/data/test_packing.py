@@ -79,9 +79,7 @@ def test_segments_and_positions(lengths, length, seed):
         steps = np.diff(segments[held])
         assert segments[0] == 1 and set(steps.tolist()) <= {0, 1}
         assert positions[0] == 0
-        np.testing.assert_array_equal(
-            np.diff(positions[held]), np.where(steps == 0, 1, -positions[held][:-1])
-        )
+        np.testing.assert_array_equal(np.diff(positions[held]), np.where(steps == 0, 1, -positions[held][:-1]))
         # a new segment starts exactly at each BOS, but for the row's first
         np.testing.assert_array_equal(np.flatnonzero(steps) + 1, np.flatnonzero(tokens[held][1:] == 1) + 1)
         # weight 0 exactly after an EOS, and where the stream ends
@@ -92,9 +90,7 @@ def test_segments_and_positions(lengths, length, seed):
 def test_rows_join_into_the_stream():
     tokens = tokens_of([5, 9, 1, 30])
     rows = Rows(tokens, sequence_length=7, seed=4)
-    stream = np.concatenate(
-        [tokens.flat[tokens.offsets[d] : tokens.offsets[d + 1]] for d in order(4, seed=4, epoch=2)]
-    )
+    stream = np.concatenate([tokens.flat[tokens.offsets[d] : tokens.offsets[d + 1]] for d in order(4, seed=4, epoch=2)])
     for index in range(len(rows)):
         row = one(rows, epoch=2, index=index)
         part = stream[index * 7 : index * 7 + 8]
@@ -110,9 +106,7 @@ def test_a_row_depends_on_seed_epoch_and_index_alone():
         for name, array in one(second, epoch=epoch, index=index).items():
             np.testing.assert_array_equal(array, ahead[epoch, index][name])
     other = Rows(tokens, sequence_length=16, seed=2)
-    assert any(
-        (one(other, epoch=0, index=i)["tokens"] != ahead[0, i]["tokens"]).any() for i in range(len(other))
-    )
+    assert any((one(other, epoch=0, index=i)["tokens"] != ahead[0, i]["tokens"]).any() for i in range(len(other)))
     assert any((ahead[1, i]["tokens"] != ahead[0, i]["tokens"]).any() for i in range(len(first)))
 
 
@@ -201,10 +195,7 @@ def test_what_a_killed_process_left_is_not_taken(tmp_path):
     left = tmp_path / ".x.1.abc.tmp"  # as after kill -9, when nothing is tidied
     left.mkdir()
     (left / "a").write_text("ha")
-    assert (
-        cached_folder(tmp_path / "x", build=lambda f: (f / "a").write_text("whole") and None, load=load)
-        == "whole"
-    )
+    assert cached_folder(tmp_path / "x", build=lambda f: (f / "a").write_text("whole") and None, load=load) == "whole"
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
@@ -212,9 +203,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
         (folder / "a").write_text("wh")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(
-        CacheError, match="The disk is full while writing .*: free some space or choose another"
-    ):
+    with pytest.raises(CacheError, match="The disk is full while writing .*: free some space or choose another"):
         cached_folder(tmp_path / "x", build=full, load=load)
     assert list(tmp_path.iterdir()) == []
 

@@ -25,9 +25,7 @@ NAMES = {"tokens", "targets", "weights", "segment_ids", "positions", "target_byt
 
 @pytest.fixture
 def source(folder) -> TextSource:
-    return TextSource(
-        TextFolder(str(folder)), SentencePiece(vocab_size=300), batch_size=8, sequence_length=16
-    )
+    return TextSource(TextFolder(str(folder)), SentencePiece(vocab_size=300), batch_size=8, sequence_length=16)
 
 
 @pytest.fixture
@@ -112,9 +110,7 @@ def test_two_processes_build_one_batch(source, context):
     halves = [jax.devices()[: jax.device_count() // 2], jax.devices()[jax.device_count() // 2 :]]
     everywhere = stream._sharding.devices_indices_map((8, 16))
     spans = [{stream._span(everywhere[device]) for device in half} for half in halves if half]
-    assert sorted(span for half in spans for span in half) == sorted(
-        {stream._span(i) for i in everywhere.values()}
-    )
+    assert sorted(span for half in spans for span in half) == sorted({stream._span(i) for i in everywhere.values()})
     assert sum(stop - start for half in spans for start, stop in half) == 8
 
 
@@ -213,9 +209,7 @@ def test_mixture_rows_follow_the_weights(cache, context, weights):
 
 def test_equal_corpora_in_a_mixture_are_shuffled_apart(cache, context):
     corpus = Synthetic(vocab_size=8, num_symbols=3000)
-    stream = TextSource(Mixture((corpus, corpus), (1, 1)), Bytes(), batch_size=8, sequence_length=16).start(
-        context
-    )
+    stream = TextSource(Mixture((corpus, corpus), (1, 1)), Bytes(), batch_size=8, sequence_length=16).start(context)
     drawn = rows_of(stream, 0, 60)
     assert [i for p, _, i in drawn if p == 0] != [i for p, _, i in drawn if p == 1]
 

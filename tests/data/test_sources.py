@@ -220,9 +220,7 @@ def jsonl(path: Path, *lines: str | bytes) -> Jsonl:
 
 def test_jsonl_reads_every_text_once_and_equal_texts_together(tmp_path, cache):
     texts = [f"text {i % 50}\n" for i in range(100)]
-    corpus = jsonl(
-        tmp_path / "a.jsonl", *(json.dumps({"text": text}) for text in texts), "", json.dumps({"text": ""})
-    )
+    corpus = jsonl(tmp_path / "a.jsonl", *(json.dumps({"text": text}) for text in texts), "", json.dumps({"text": ""}))
     train, validation = both(dataclasses.replace(corpus, validation_fraction=0.2), cache)
     assert Counter(train + validation) == Counter(texts) and not set(train) & set(validation)
 

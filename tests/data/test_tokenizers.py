@@ -94,9 +94,7 @@ def test_any_text_comes_back(trained, text):
 def test_texts_full_of_marks_can_be_trained_on(kind):
     texts = [text + " the <s> <0x41> \u2581 cat\u2585sat " + "on a mat <unk>" * 3 for text in NASTY] * 3
     coverage = 1.0 if kind == "bpe" else 0.98  # unigram finds few pieces in so little text
-    tokenizer = SentencePiece(
-        vocab_size=340 if kind == "bpe" else 294, kind=kind, character_coverage=coverage
-    )
+    tokenizer = SentencePiece(vocab_size=340 if kind == "bpe" else 294, kind=kind, character_coverage=coverage)
     tokenizer = tokenizer.train(texts)
     assert len(set(tokenizer.pieces)) <= tokenizer.vocab_size
     for text in NASTY + texts:
@@ -189,9 +187,7 @@ def test_save_and_load(trained, tmp_path):
 def test_the_sample_is_bounded_and_shared_by_weight(tmp_path):
     a = Synthetic(vocab_size=10, num_symbols=300_000, document_length=20)
     b = Synthetic(vocab_size=200, num_symbols=300_000, document_length=20, seed=1)  # 3 bytes each
-    assert "".join(sample(a, limit=None, cache_dir=tmp_path)) == "".join(
-        a.documents("train", cache_dir=tmp_path)
-    )
+    assert "".join(sample(a, limit=None, cache_dir=tmp_path)) == "".join(a.documents("train", cache_dir=tmp_path))
     text = "".join(sample(Mixture((a, b), (3, 1)), limit=200_000, cache_dir=tmp_path))
     ascii_bytes = sum(c < "\x7f" for c in text)
     assert 135_000 < ascii_bytes < 165_000
@@ -201,15 +197,11 @@ def test_the_sample_is_bounded_and_shared_by_weight(tmp_path):
 
 def test_mistakes(folder, cache, tmp_path):
     corpus = TextFolder(str(folder))
-    with pytest.raises(
-        TokenizerError, match="too small for a bpe vocabulary of 5000: set vocab_size to [0-9]+"
-    ):
+    with pytest.raises(TokenizerError, match="too small for a bpe vocabulary of 5000: set vocab_size to [0-9]+"):
         train_tokenizer(SentencePiece(vocab_size=5000), corpus, cache_dir=cache)
     with pytest.raises(TokenizerError, match="too small for a unigram vocabulary of 5000: set vocab_size"):
         train_tokenizer(SentencePiece(vocab_size=5000, kind="unigram"), corpus, cache_dir=cache)
-    with pytest.raises(
-        TokenizerError, match="cannot hold the text's characters: set vocab_size to [0-9]+ or more"
-    ):
+    with pytest.raises(TokenizerError, match="cannot hold the text's characters: set vocab_size to [0-9]+ or more"):
         train_tokenizer(SentencePiece(vocab_size=265), corpus, cache_dir=cache)
     with pytest.raises(TokenizerError, match="too little text"):
         SentencePiece(vocab_size=300).train(["\n\n"])

@@ -3,9 +3,8 @@
 
 from dataclasses import replace
 
-from tests import tiny
-
 from research.train.experiment import Experiment, Steps
+from tests import tiny
 
 
 def sweep() -> dict[str, Experiment]:
@@ -14,7 +13,9 @@ def sweep() -> dict[str, Experiment]:
 
 
 def diverging() -> dict[str, Experiment]:
-    return {"tiny": replace(tiny.experiment(steps=30), optimizer=replace(tiny.experiment().optimizer, peak=1e30, clip=0.0))}
+    return {
+        "tiny": replace(tiny.experiment(steps=30), optimizer=replace(tiny.experiment().optimizer, peak=1e30, clip=0.0))
+    }
 
 
 nothing = 3

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import tiny
 
 from research.core.tree import named_leaves
 from research.core.types import Precision, UserError
@@ -16,6 +15,7 @@ from research.models.attention import Attention
 from research.models.layers import Norm, WeightInit
 from research.models.mlp import Mlp
 from research.models.positions import Learned, Rotary, Sinusoidal
+from tests import tiny
 
 VARIANTS = {
     "mha rope rms swiglu": replace(tiny.MODEL, attention=Attention(4)),
@@ -162,7 +162,10 @@ def test_layers_start_out_different():
 
 def test_head_is_the_logits_and_holds_its_own_parameters_only(model):
     params = params_of(model)
-    bound, x = model.bind(params, {}, Precision()), jax.random.normal(jax.random.key(0), (3, 5, model.d_model))
+    bound, x = (
+        model.bind(params, {}, Precision()),
+        jax.random.normal(jax.random.key(0), (3, 5, model.d_model)),
+    )
     np.testing.assert_array_equal(bound.head()(x), bound.logits(x))
     assert len(jax.tree.leaves(bound.head())) == 1
 

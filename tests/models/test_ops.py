@@ -90,7 +90,11 @@ def test_blocked_attention_leaves_out_what_cannot_be_seen():
 
 def test_a_row_of_padding_stays_finite():
     arrays, where = inputs()
-    where = dict(where, q_segments=jnp.zeros_like(where["q_segments"]), kv_segments=jnp.zeros_like(where["kv_segments"]))
+    where = dict(
+        where,
+        q_segments=jnp.zeros_like(where["q_segments"]),
+        kv_segments=jnp.zeros_like(where["kv_segments"]),
+    )
     gradient = jax.jit(jax.grad(lambda a: jnp.sum(ops.attention(*a, **where, aligned=True))))(arrays)
     assert all(bool(jnp.all(jnp.isfinite(g))) for g in gradient)
 

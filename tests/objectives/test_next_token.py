@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import tiny
 
 from research.core.tree import named_leaves
 from research.core.types import Precision
 from research.objectives.next_token import NextToken
+from tests import tiny
 
 PRECISION = Precision()
 
@@ -34,9 +34,7 @@ def mean_loss(params, model, batch, objective):
 def test_chunked_is_plain_in_value_and_gradient(head, z_loss, chunk):
     model, batch = replace(tiny.MODEL, head=head, num_layers=1), tiny.batch(rows=4)
     params = model.init_params(jax.random.key(0), PRECISION)
-    want_value, want = jax.jit(
-        jax.value_and_grad(lambda p: plain(model.bind(p, {}, PRECISION), batch, z_loss))
-    )(params)
+    want_value, want = jax.jit(jax.value_and_grad(lambda p: plain(model.bind(p, {}, PRECISION), batch, z_loss)))(params)
     (value, loss), gradient = jax.jit(
         jax.value_and_grad(lambda p: mean_loss(p, model, batch, NextToken(z_loss=z_loss, chunk=chunk)), has_aux=True)
     )(params)

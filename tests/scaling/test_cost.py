@@ -108,9 +108,7 @@ def test_parameter_counts_are_the_tree_s(name):
     model = MODELS[name]
     shapes, counts = model.shapes(Precision()), cost.params(model)
     assert counts.total == tree.size(shapes)
-    outside = sum(
-        tree.size(shapes[part]) for part in ("embedding", "position", "unembedding") if part in shapes
-    )
+    outside = sum(tree.size(shapes[part]) for part in ("embedding", "position", "unembedding") if part in shapes)
     assert counts.non_embedding == tree.size(shapes) - outside
     assert counts.head == (tree.size(shapes["unembedding"]) if "unembedding" in shapes else 0)
 

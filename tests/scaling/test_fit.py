@@ -20,9 +20,7 @@ def chinchilla_points(shared_data) -> Points:
         pytest.skip(f"needs the published points, and there is no {path}")
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    params, flops, loss = (
-        np.array([float(r[c]) for r in rows]) for c in ("Model Size", "Training FLOP", "loss")
-    )
+    params, flops, loss = (np.array([float(r[c]) for r in rows]) for c in ("Model Size", "Training FLOP", "loss"))
     keep = np.argsort(loss)[:-5]  # the five highest losses are left out, as in Besiroglu et al. 2024
     return Points(params[keep], (flops / (6 * params))[keep], loss[keep])
 
@@ -31,9 +29,7 @@ def test_published_chinchilla_points(chinchilla_points):
     fit = fit_law(chinchilla_points, delta=1e-3)
     assert fit.objective <= 1.018274e-3 * (1 + 1e-4)
     law = fit.law
-    assert (law.A, law.B, law.E, law.alpha, law.beta) == pytest.approx(
-        (477.8, 2143, 1.8172, 0.3473, 0.3672), rel=5e-3
-    )
+    assert (law.A, law.B, law.E, law.alpha, law.beta) == pytest.approx((477.8, 2143, 1.8172, 0.3473, 0.3672), rel=5e-3)
     # ... and not where optimizers with default tolerances stop, Hoffmann et al. 2022's published law.
     early = Chinchilla(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
     problem = _Problem(chinchilla_points, 1e-3)
@@ -45,9 +41,7 @@ def test_published_chinchilla_points(chinchilla_points):
 
 def test_published_chinchilla_points_with_the_paper_s_delta(chinchilla_points):
     law = fit_law(chinchilla_points, delta=1e-5).law
-    assert (law.A, law.B, law.E, law.alpha, law.beta) == pytest.approx(
-        (481.4, 2081, 1.8167, 0.3477, 0.3658), rel=5e-3
-    )
+    assert (law.A, law.B, law.E, law.alpha, law.beta) == pytest.approx((481.4, 2081, 1.8167, 0.3477, 0.3658), rel=5e-3)
 
 
 def test_published_intervals(chinchilla_points):

@@ -14,14 +14,11 @@ from research.scaling.table import Run
 
 def runs_at(losses: dict[int, float], *, flops: float = 6e11) -> list[Run]:
     return [
-        Run(f"c{flops}-n{n}", n, n, round(flops / (6 * n)), flops, loss, None, "finished")
-        for n, loss in losses.items()
+        Run(f"c{flops}-n{n}", n, n, round(flops / (6 * n)), flops, loss, None, "finished") for n, loss in losses.items()
     ]
 
 
-def parabola(
-    vertex: float, *, sizes=(10_000, 30_000, 90_000, 270_000), bend: float = 0.1
-) -> dict[int, float]:
+def parabola(vertex: float, *, sizes=(10_000, 30_000, 90_000, 270_000), bend: float = 0.1) -> dict[int, float]:
     return {n: 2.5 + bend * math.log(n / vertex) ** 2 for n in sizes}
 
 

@@ -56,9 +56,7 @@ def test_actual_flops_are_within_one_percent(d_model, batch, length, budget):
         assert budget / step < 100 and "the nearest budget that works is" in str(error)
         return
     (experiment,) = found.values()
-    exact = (
-        experiment.steps * batch * length * cost.training_flops_per_token(models[0], sequence_length=length)
-    )
+    exact = experiment.steps * batch * length * cost.training_flops_per_token(models[0], sequence_length=length)
     assert exact == experiment.flops
     assert abs(exact / budget - 1) <= 0.01
     assert experiment.clock.steps(experiment.length) == experiment.steps >= 100
@@ -106,9 +104,7 @@ def test_short_counts(value, text):
 
 
 def test_too_few_steps_names_the_nearest_budget():
-    with pytest.raises(
-        UserError, match="at least 100 are needed.*the nearest budget that works is"
-    ) as caught:
+    with pytest.raises(UserError, match="at least 100 are needed.*the nearest budget that works is") as caught:
         ladder.isoflop(BASE, models=[MODEL], budgets=[1e9])
     nearest = float(str(caught.value).split("works is ")[1].split(" ")[0])
     found = ladder.isoflop(BASE, models=[MODEL], budgets=[nearest])
@@ -117,14 +113,10 @@ def test_too_few_steps_names_the_nearest_budget():
 
 def test_one_percent_that_cannot_be_met_names_both_neighbours():
     step = BASE.tokens_per_step * BASE.flops_per_token
-    with pytest.raises(
-        UserError, match=r"10\.50 steps, and no whole number of steps comes within 1\.00%"
-    ) as caught:
+    with pytest.raises(UserError, match=r"10\.50 steps, and no whole number of steps comes within 1\.00%") as caught:
         ladder.isoflop(BASE, models=[MODEL], budgets=[10.5 * step], min_steps=1)
     low, high = str(caught.value).split("that work are ")[1].split(" FLOPs")[0].split(" and ")
-    assert float(low) == pytest.approx(10 * step, rel=1e-3) and float(high) == pytest.approx(
-        11 * step, rel=1e-3
-    )
+    assert float(low) == pytest.approx(10 * step, rel=1e-3) and float(high) == pytest.approx(11 * step, rel=1e-3)
 
 
 def test_settings_that_depend_on_the_model():
@@ -153,9 +145,7 @@ def test_sizes_by_tokens_per_parameter():
         assert 4 < experiment.tokens / cost.params(experiment.model).total < 250
     smallest = {name.split("-")[0]: e.model.d_model for name, e in reversed(list(found.items()))}
     assert smallest["c2e12"] > smallest["c2e11"]  # a larger budget runs larger models
-    with pytest.raises(
-        UserError, match="0 of the 5 models see 1e-06 to 2e-06 tokens per parameter and 3 are needed"
-    ):
+    with pytest.raises(UserError, match="0 of the 5 models see 1e-06 to 2e-06 tokens per parameter and 3 are needed"):
         ladder.choose(SIZES, budget=1e11, sequence_length=64, tokens_per_param=(1e-6, 2e-6))
     with pytest.raises(UserError, match="positive and rising"):
         ladder.choose(SIZES, budget=1e11, sequence_length=64, tokens_per_param=(20, 5))
@@ -165,9 +155,7 @@ def test_sizes_around_an_optimum():
     counts = [ladder.count(model) for model in SIZES]
     chosen = ladder.around(SIZES, params=counts[2] * 1.01, sizes=3)
     assert len(chosen) == 3
-    assert (
-        min(map(ladder.count, chosen.values())) < counts[2] * 1.01 < max(map(ladder.count, chosen.values()))
-    )
+    assert min(map(ladder.count, chosen.values())) < counts[2] * 1.01 < max(map(ladder.count, chosen.values()))
     assert len(ladder.around(SIZES, params=counts[0] * 1.01, sizes=4)) == 4
     with pytest.raises(UserError, match="add models above it"):
         ladder.around(SIZES, params=1e9)

@@ -28,9 +28,7 @@ def test_held_out_budget_with_noise(make_study):
     assert test.passed and test.largest_relative_error < 0.03
     best = min(test.predictions, key=lambda p: p.measured)
     assert test.best == best
-    assert test.ratio == pytest.approx(
-        abs(best.predicted - best.measured) / abs(test.carried_loss - best.measured)
-    )
+    assert test.ratio == pytest.approx(abs(best.predicted - best.measured) / abs(test.carried_loss - best.measured))
 
 
 def test_held_out_runs_are_not_in_the_fit(make_study):
@@ -53,15 +51,9 @@ def test_recommendation_from_the_law(make_study, true_law):
     assert spend(1e5) == pytest.approx(6e5, rel=1e-3) and spend.largest_error < 1e-6
     found = recommend(true_law, flops=1e13, flops_per_token=spend, largest_flops=1e12)
     best = closed_form_optimum(true_law, flops=1e13)
-    assert (found.params, found.tokens, found.loss) == pytest.approx(
-        (best.params, best.tokens, best.loss), rel=1e-3
-    )
-    assert found.sentence.startswith(
-        "For 1e+13 FLOPs (10x the largest budget) the law recommends a model of "
-    )
-    assert "with an expected loss of" in found.sentence and found.sentence.endswith(
-        "extrapolates 10x beyond the runs."
-    )
+    assert (found.params, found.tokens, found.loss) == pytest.approx((best.params, best.tokens, best.loss), rel=1e-3)
+    assert found.sentence.startswith("For 1e+13 FLOPs (10x the largest budget) the law recommends a model of ")
+    assert "with an expected loss of" in found.sentence and found.sentence.endswith("extrapolates 10x beyond the runs.")
     inside = recommend(true_law, flops=1e12, flops_per_token=spend, largest_flops=1e12)
     assert "extrapolates" not in inside.sentence
 
@@ -73,9 +65,7 @@ def test_cost_of_sizes_between_real_models(parameters, within):
     runs = []
     for model in ladder.grid(base, d_models=(32, 64, 96, 128, 160, 192, 224, 256)):
         counts, flops = cost.params(model), cost.training_flops_per_token(model, sequence_length=128)
-        runs.append(
-            Run(f"{model.d_model}", counts.total, counts.non_embedding, 1, flops, 2.0, status="finished")
-        )
+        runs.append(Run(f"{model.d_model}", counts.total, counts.non_embedding, 1, flops, 2.0, status="finished"))
     guess = cost_model(runs[::2], parameters=parameters)
     for run in runs[1::2]:
         assert guess(run.count(parameters)) == pytest.approx(run.flops, rel=within)

@@ -28,10 +28,7 @@ def written(make_study, tmp_path_factory):
     runs[6] = replace(runs[6], status="failed", loss=None)
     runs.append(replace(runs[1], name="endless", loss=float("inf")))
     runs.append(Run("<planned>", 10, 5, 100, 6e3))
-    curves = {
-        run.name: [(run.flops * s, run.loss * (1 + 0.1 * (1 - s))) for s in (0.2, 0.5, 1)]
-        for run in runs[1:5]
-    }
+    curves = {run.name: [(run.flops * s, run.loss * (1 + 0.1 * (1 - s))) for s in (0.2, 0.5, 1)] for run in runs[1:5]}
     out = tmp_path_factory.mktemp("report") / "deep" / "er"
     table = Table(tuple(runs))
     return (
@@ -100,9 +97,7 @@ def test_the_page_stands_alone(written):
     links = Links()
     links.feed(page)
     assert len(links.sources) == 5 and all(s.startswith("data:image/png;base64,") for s in links.sources)
-    assert not {"script", "link", "iframe"} & set(links.tags) and "http" not in re.sub(
-        r"base64,[^\"]*", "", page
-    )
+    assert not {"script", "link", "iframe"} & set(links.tags) and "http" not in re.sub(r"base64,[^\"]*", "", page)
     assert "A &lt;study&gt;" in page and "Why &amp; how." in page and "&lt;planned&gt;" in page
     for words in (
         "86c4e6aa9db7c042",
@@ -138,9 +133,7 @@ def closed_form(table: Table) -> float:
 
 @pytest.mark.usefixtures("undrawn")
 def test_what_cannot_be_had_is_a_remark_not_a_failure(make_study, tmp_path):
-    runs = [
-        replace(run, corpus_hash=f"corpus{i % 2}") for i, run in enumerate(make_study(budgets=(3e10, 3e11)))
-    ]
+    runs = [replace(run, corpus_hash=f"corpus{i % 2}") for i, run in enumerate(make_study(budgets=(3e10, 3e11)))]
     conclusion = write_report(Table(tuple(runs)), tmp_path, resamples=0)
     remarks = " ".join(conclusion.remarks)
     assert conclusion.held_out is None and "held-out test needs runs at 3 budgets" in remarks
@@ -160,9 +153,7 @@ def test_too_little_is_one_sentence(make_study, tmp_path):
     broken = Table(tuple(replace(run, loss=float("nan")) for run in make_study()))
     with pytest.raises(UserError, match="0 of 20 runs are finished"):
         write_report(broken, tmp_path)
-    assert (
-        len(read_csv(tmp_path / "table.csv")) == 20
-    )  # the runs are kept even where nothing can be concluded
+    assert len(read_csv(tmp_path / "table.csv")) == 20  # the runs are kept even where nothing can be concluded
 
 
 def test_pictures_without_curves_or_minima(make_study):

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tests import tiny
 
 from research.core.types import Precision, UserError
 from research.train.experiment import AdamW, Flops, Steps, Tokens
 from research.train.optimizers import Clock, Schedule, Share, decay_mask
+from tests import tiny
 
 CLOCK = Clock(tokens_per_step=100, flops_per_token=1e6, total=200)
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import tiny
 
 from research.core import sharding
 from research.core.sharding import MeshSpec
@@ -19,6 +18,7 @@ from research.train import step as steps
 from research.train.experiment import AdamW
 from research.train.optimizers import Sgd
 from research.train.start import Program
+from tests import tiny
 
 RATE = np.float32(1.0)
 

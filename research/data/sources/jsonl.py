@@ -41,9 +41,7 @@ class Jsonl:
     def _file(self) -> Path:
         path = Path(self.path).expanduser()
         if not path.is_file():
-            raise CorpusError(
-                f"There is no file {self.path!r} (looked at {path.absolute()}): check the path."
-            )
+            raise CorpusError(f"There is no file {self.path!r} (looked at {path.absolute()}): check the path.")
         return path
 
     def _texts(self) -> Iterator[str]:
@@ -63,19 +61,13 @@ class Jsonl:
         except (ValueError, RecursionError) as error:
             raise CorpusError(f"{where} is not JSON ({error}): mend or remove that line.") from error
         if not isinstance(record, dict):
-            raise CorpusError(
-                f"{where} is a JSON {type(record).__name__}, not an object: write one object a line."
-            )
+            raise CorpusError(f"{where} is a JSON {type(record).__name__}, not an object: write one object a line.")
         if self.text_field not in record:
             fields = ", ".join(sorted(record)) or "none"
-            raise CorpusError(
-                f"{where} has no field {self.text_field!r} (its fields: {fields}): set text_field."
-            )
+            raise CorpusError(f"{where} has no field {self.text_field!r} (its fields: {fields}): set text_field.")
         text = record[self.text_field]
         if not isinstance(text, str):
-            raise CorpusError(
-                f"{where} has a {type(text).__name__} in {self.text_field!r}, not text: set text_field."
-            )
+            raise CorpusError(f"{where} has a {type(text).__name__} in {self.text_field!r}, not text: set text_field.")
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise CorpusError(f"{where} has half of a surrogate pair in {self.text_field!r}: mend that line.")
         return text

@@ -28,9 +28,7 @@ class Mixture:
                 f"{len(self.weights)} weights."
             )
         if not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
-            raise CorpusError(
-                f"The weights of a mixture must be positive; given {list(self.weights)}: drop a corpus."
-            )
+            raise CorpusError(f"The weights of a mixture must be positive; given {list(self.weights)}: drop a corpus.")
         object.__setattr__(self, "sources", tuple(self.sources))
         object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
 

@@ -129,9 +129,7 @@ def _open(folder: Path) -> dict[str, Any]:
 
 def _seal(folder: Path) -> str:
     """The content hash of a prepared folder, by which a damaged one is told from a whole one."""
-    files = [
-        (p.relative_to(folder).as_posix(), p) for p in folder.rglob("*") if p.is_file() and p.name != SEAL
-    ]
+    files = [(p.relative_to(folder).as_posix(), p) for p in folder.rglob("*") if p.is_file() and p.name != SEAL]
     return files_hash(files)[0]
 
 
@@ -150,9 +148,7 @@ def _builder_class() -> type:
         url_infos: dict[str, Any] = {}
 
         def _info(self):
-            features = tfds.features.FeaturesDict(
-                {"path": tfds.features.Text(), "text": tfds.features.Text()}
-            )
+            features = tfds.features.FeaturesDict({"path": tfds.features.Text(), "text": tfds.features.Text()})
             return tfds.core.DatasetInfo(
                 builder=self, features=features, description="The Python standard library's source."
             )

@@ -99,7 +99,4 @@ class Synthetic:
             rows = steps[symbols[going, step - 1]]
             symbols[going, step] = np.minimum((rows < rng.random(len(going))[:, None]).sum(axis=1), last)
         symbols += ord("!") if self.vocab_size <= PRINTABLE else IDEOGRAPHS
-        return [
-            row[:n].astype("<u4").tobytes().decode("utf-32-le")
-            for row, n in zip(symbols, lengths, strict=True)
-        ]
+        return [row[:n].astype("<u4").tobytes().decode("utf-32-le") for row, n in zip(symbols, lengths, strict=True)]

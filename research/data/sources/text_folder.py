@@ -58,9 +58,7 @@ class TextFolder:
         low, high = SECTION_CHARACTERS
         size = min(max(sum(len(text) for _, text in texts) // SECTIONS, low), high)
         sections = [
-            (f"{name}#{number}", section)
-            for name, text in texts
-            for number, section in enumerate(cut(text, size=size))
+            (f"{name}#{number}", section) for name, text in texts for number, section in enumerate(cut(text, size=size))
         ]
         hashes = [unit_hash(key) for key, _ in sections]
         splits = assign(hashes, fraction=self.validation_fraction, what=f"The text under {self.path}")
@@ -72,9 +70,7 @@ class TextFolder:
         if root.is_file():
             found = [(root.name, root)]
         elif not root.is_dir():
-            raise CorpusError(
-                f"There is no folder {self.path!r} (looked at {root.absolute()}): check the path."
-            )
+            raise CorpusError(f"There is no folder {self.path!r} (looked at {root.absolute()}): check the path.")
         else:
             try:
                 found = [(p.relative_to(root).as_posix(), p) for p in root.glob(self.pattern) if p.is_file()]
@@ -83,9 +79,7 @@ class TextFolder:
                     f"{self.pattern!r} is not a file pattern ({error}): write one such as '**/*.txt'."
                 ) from error
         if not found:
-            raise CorpusError(
-                f"The folder {self.path!r} has no file that matches {self.pattern!r}: change either."
-            )
+            raise CorpusError(f"The folder {self.path!r} has no file that matches {self.pattern!r}: change either.")
         held = sorted((name, path) for name, path in found if path.stat().st_size)
         if not held:
             raise CorpusError(

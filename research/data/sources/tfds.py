@@ -54,9 +54,7 @@ class Tfds:
     def _carved(self, split: str) -> Iterator[str]:
         source = self._open(self.train_split)
         hashes = [unit_hash(self._text(source, i)) for i in range(len(source))]
-        splits = assign(
-            hashes, fraction=self.validation_fraction, what=f"The TFDS split {self.train_split!r}"
-        )
+        splits = assign(hashes, fraction=self.validation_fraction, what=f"The TFDS split {self.train_split!r}")
         return (self._text(source, i) for i in np.flatnonzero(np.array(splits) == split).tolist())
 
     def _folder(self) -> Path:
@@ -110,9 +108,7 @@ class Tfds:
                 f"({str(error).splitlines()[0][:200]}): check the split's name or prepare the data set anew."
             ) from error
         if empty:
-            raise CorpusError(
-                f"The split {split!r} of the TFDS data set {self.name!r} is empty: choose another."
-            )
+            raise CorpusError(f"The split {split!r} of the TFDS data set {self.name!r} is empty: choose another.")
         return source
 
     def _text(self, source: Any, index: int) -> str:

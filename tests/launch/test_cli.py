@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what it runs, and one plain sentence for each mistake."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from launch import cli
+from tests.conftest import ROOT
+
+STUDY = str(ROOT / "tests" / "launch" / "tiny_study.py")
+
+
+@pytest.fixture
+def lab(tmp_path, cache_dir, monkeypatch, capsys):
+    """Runs ``lab`` in this process: (exit code, standard output, standard error)."""
+    monkeypatch.setenv("LAB_CACHE", str(cache_dir))
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments):
+        code = cli.main(["--runs", str(tmp_path / "runs"), *arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+MISTAKES = {
+    "misspelt path": (
+        ["run", STUDY, "--only", "tiny", "--set", "model.d_modle=3"],
+        "Did you mean 'd_model'?",
+    ),
+    "wrong type": (["run", STUDY, "--only", "tiny", "--set", "model.d_model=wide"], "not a whole number"),
+    "no such run": (["run", STUDY, "--only", "tinny"], "has no experiment 'tinny'; it has: tiny, longer"),
+    "no sweep": (["sweep", str(ROOT / "tests" / "tiny.py")], "has no function sweep()"),
+    "not a function": (["list", STUDY + ":nothing"], "has no function nothing()"),
+    "no study": (["list", "nowhere.py"], "There is no study nowhere.py"),
+    "nothing to analyse": (["analyze", STUDY], "no function analyze"),
+    "no checkpoint": (["sample", "nowhere", "--prompt", "a"], "holds no checkpoint"),
+    "batch and mesh": (
+        ["run", STUDY, "--only", "tiny", "--set", "source.batch_size=6"],
+        "choose a batch size",
+    ),
+    "length": (["run", STUDY, "--only", "tiny", "--set", "source.sequence_length=0"], "at least 1"),
+    "no corpus": (["tokenizer", "train", "/nowhere/at/all"], "/nowhere/at/all"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_and_a_code(lab, tmp_path, mistake):
+    arguments, words = MISTAKES[mistake]
+    code, out, err = lab(*arguments)
+    assert code == 2 and words in err and err.count("\n") == 1 and not out, err
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("metrics.jsonl"))
+
+
+def test_a_study_that_does_not_load_names_the_line(lab, tmp_path):
+    (tmp_path / "broken.py").write_text("x = 1\ny = x / 0\n")
+    code, _, err = lab("list", str(tmp_path / "broken.py"))
+    assert code == 2 and "ZeroDivisionError" in err and "line 2" in err and err.count("\n") == 1
+
+
+def test_an_empty_document_set(lab, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, _, err = lab("tokenizer", "train", str(tmp_path / "empty"))
+    assert code == 2 and "empty" in err and err.count("\n") == 1
+
+
+def test_sweep_list_sample(lab, tmp_path):
+    """A sweep runs what is not finished, skips what is, goes past a failure, and its runs can be sampled."""
+    code, _, err = lab("sweep", STUDY, "--set", "length.count=3", "--set", "mesh.data=1")
+    assert code == 0 and "2 of 2 runs finished" in err
+    code, _, err = lab("sweep", STUDY, "--set", "length.count=3", "--set", "mesh.data=1")
+    assert code == 0 and err.count("finished before") == 2
+    code, out, _ = lab("list", STUDY, "--set", "length.count=3", "--set", "mesh.data=1")
+    assert code == 0 and out.count("finished") == 2
+    (folder,) = (tmp_path / "runs").iterdir()
+    first, again = (
+        lab("sample", str(folder / "tiny"), "--prompt", "abc", "--tokens", "5", "--seed", "1") for _ in range(2)
+    )
+    assert first[0] == 0 and first[1].startswith("abc") and first == again
+    code, out, _ = lab("list", STUDY)  # the plain study has a folder of its own: nothing has run there
+    assert out.count("missing") == 2
+
+
+def test_a_diverged_run_is_marked_and_does_not_stop_the_sweep(lab):
+    code, _, err = lab("sweep", STUDY + ":diverging", "--set", "mesh.data=1")
+    assert code == 1 and "learning rate" in err and "0 of 1 runs finished" in err
+    _, out, _ = lab("list", STUDY + ":diverging", "--set", "mesh.data=1")
+    assert "diverged" in out
+
+
+def test_two_processes_do_not_run_one_experiment(lab, tmp_path):
+    from launch import local
+
+    with local.locked(tmp_path / "runs" / "tiny_study" / "tiny"):
+        code, _, err = lab("run", STUDY, "--only", "tiny")
+    assert code == 2 and "Another process is running" in err
+
+
+def test_tokenizer_train_is_cached(lab, tmp_path):
+    (tmp_path / "text").mkdir()
+    for name in "abc":
+        (tmp_path / "text" / f"{name}.txt").write_text(f"the {name} of the matter is the text of it\n" * 200)
+    first = lab("tokenizer", "train", str(tmp_path / "text"), "--vocab-size", "300")
+    assert first[0] == 0 and "300 tokens" in first[1]
+    assert lab("tokenizer", "train", str(tmp_path / "text"), "--vocab-size", "300") == first
+
+
+def test_without_jax_there_is_one_sentence(tmp_path):
+    """As in a Python that has no JAX: the command says what to do."""
+    script = (
+        "import importlib.util, sys\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'jax' else find(name, *a)\n"
+        "sys.modules['jax'] = None\n"
+        "from launch import cli\n"
+        "sys.exit(cli.main(['list', 'x.py']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "JAX is not installed" in done.stderr
+
+
+def test_a_newer_jax_is_one_warning(monkeypatch, capsys):
+    monkeypatch.setattr(cli.metadata, "version", lambda name: "0.99.1")
+    assert cli.check_jax() == 0
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "JAX 0.99.1 is newer than the tested 0.10" in warning
+
+
+def test_a_full_disk_is_one_sentence_and_what_was_saved_stays(tmp_path, cache_dir):
+    """Files may grow to 24 kB and no further: a checkpoint does not fit, the metrics so far do."""
+    environment = {**os.environ, "LAB_CACHE": str(cache_dir), "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    arguments = [sys.executable, "-m", "launch.cli", "--runs", str(tmp_path), "run", STUDY, "--only", "tiny"]
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, 24_000))
+
+    full = subprocess.run(arguments, env=environment, cwd=ROOT, capture_output=True, text=True, preexec_fn=limited)
+    assert full.returncode == 2, full.stderr
+    errors = [line for line in full.stderr.splitlines() if line.startswith("lab: error")]
+    assert len(errors) == 1 and "Traceback" not in full.stderr, full.stderr
+    assert "full" in errors[0] or "could not be written" in errors[0]
+    done = subprocess.run(arguments, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "tiny_study" / "tiny" / "result.json").read_text())["status"] == "finished"
