@@ -7,12 +7,12 @@ from typing import Any
 from launch.local import FAILURE
 from launch.study import Study
 from research.scaling import cost
-from research.scaling.table import Run, Table
+from research.scaling.table import Run, Status, Table
 from research.train import loop, metrics
 from research.train.experiment import Experiment
 
 
-def status(experiment: Experiment, directory: Path) -> tuple[str, dict[str, Any]]:
+def status(experiment: Experiment, directory: Path) -> tuple[Status, dict[str, Any]]:
     """What is known of a run: finished, diverged, failed, running (begun, not finished) or missing."""
     result = loop.read_json(directory / loop.RESULT)
     if result is not None and result["hash"] == experiment.hash:

@@ -8,6 +8,7 @@ from pathlib import Path
 from launch import collect, local
 from launch.study import Study
 from research.core.types import UserError
+from research.scaling.table import write_csv
 
 
 def sweep(study: Study, directory: Path) -> int:
@@ -38,7 +39,7 @@ def analyze(study: Study, directory: Path) -> None:
         raise UserError(f"{study.reference} has no function analyze(runs, out): there is nothing to conclude.")
     runs = collect.table(study, directory)
     directory.mkdir(parents=True, exist_ok=True)
-    runs.write_csv(directory / "table.csv")
+    write_csv(runs, directory / "table.csv")
     study.analyze(runs, directory)
 
 

@@ -157,7 +157,7 @@ def _override(config: Any, parts: list[str], text: str, path: str, annotation: A
     if not parts:
         return parse(text, annotation, path, current=config)
     head, rest = parts[0], parts[1:]
-    if dataclasses.is_dataclass(config):
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
         hints = field_types(type(config))
         if head not in hints:
             raise ConfigError(_no_such(path, head, type(config).__name__, "field", list(hints)))

@@ -73,7 +73,7 @@ class MeshSpec:
         return sizes
 
 
-def make_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
     """The device mesh of a spec. A spec that names every axis may use fewer devices than there are."""
     devices = list(jax.devices() if devices is None else devices)
     sizes = spec.shape(len(devices))
@@ -157,7 +157,7 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int = 1) -> None:
     if (batch_size // microbatches) % ways:
         nearest = max(1, round(batch_size / (ways * microbatches))) * ways * microbatches
         raise MeshError(
-            f"A batch of {batch_size} rows in {microbatches} microbatches does not split over data={mesh.shape['data']} "
-            f"x fsdp={mesh.shape['fsdp']} devices: choose a batch size that is a multiple of {ways * microbatches}, "
+            f"A batch of {batch_size} rows in {microbatches} microbatches does not split over "
+            f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} devices: choose a batch size that is a multiple of {ways * microbatches}, "
             f"such as {nearest}."
         )

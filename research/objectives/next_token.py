@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from research.core.types import Array, Batch, Loss, Policy, Term, WeightedSum
+from research.models import ops
 
 Head = Callable[[Array], Array]
 
@@ -83,7 +84,7 @@ def _columns_per_chunk(batch: int, length: int, chunk: int) -> int:
 
 
 def _chunk_sums(head: Head, z_loss: float, hidden: Array, targets: Array, weights: Array) -> tuple[Array, TokenSums]:
-    logits = head(hidden).astype(jnp.float32)
+    logits = ops.settled(head(hidden)).astype(jnp.float32)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     cross_entropy = jnp.sum((log_z - chosen) * weights)

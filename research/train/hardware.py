@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def peak_flops(mesh: Mesh, cache_dir: Path) -> float | None:
     return one * mesh.devices.size if one else None
 
 
-def cpu_matmul_rate(device: jax.Device, cache_dir: Path) -> float:
+def cpu_matmul_rate(device: Any, cache_dir: Path) -> float:
     """FLOP/s of ``jnp.dot`` on 2048-cubed float32, measured once on a host and remembered.
 
     Host devices share the same cores, so that the rate is the host's however many there are.
@@ -54,7 +55,7 @@ def cpu_matmul_rate(device: jax.Device, cache_dir: Path) -> float:
     return rate
 
 
-def measure_matmul_rate(device: jax.Device, repeats: int = 5) -> float:
+def measure_matmul_rate(device: Any, repeats: int = 5) -> float:
     """The best of several float32 products of 2048 x 2048 matrices, in FLOP/s."""
     x = jax.device_put(jnp.ones((SIZE, SIZE), jnp.float32), device)
     dot = jax.jit(jnp.dot)

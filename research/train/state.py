@@ -50,12 +50,12 @@ def fresh(experiment: Experiment, tx: optax.GradientTransformation) -> TrainStat
 
 def shapes_and_shardings(
     experiment: Experiment, tx: optax.GradientTransformation, mesh: Mesh
-) -> tuple[TrainState, TrainState]:
-    """The state's shapes and where each of its arrays lies on the mesh."""
+) -> tuple[TrainState, Any]:
+    """The state's shapes, and a TrainState of where each of its arrays lies on the mesh."""
     shapes = jax.eval_shape(lambda: fresh(experiment, tx))
     params = sharding.tree_shardings(mesh, shapes.params, experiment.model.logical_axes())
     everywhere = sharding.replicated(mesh)
-    layout = TrainState(
+    layout: Any = dict(
         step=everywhere,
         params=params,
         buffers=jax.tree.map(lambda _: everywhere, shapes.buffers),
@@ -65,4 +65,4 @@ def shapes_and_shardings(
         ema=params if experiment.ema else None,
         key=everywhere,
     )
-    return shapes, layout
+    return shapes, TrainState(**layout)

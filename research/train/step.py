@@ -58,8 +58,8 @@ def make_step(experiment: Experiment, tx: optax.GradientTransformation, *, platf
         def add(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, gradient(state, frozen, *part, weights)), None
 
-        first = jax.tree.map(lambda x: x[0], (parts, keys))
-        shapes = jax.eval_shape(lambda: gradient(state, frozen, *first, None))
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(lambda: gradient(state, frozen, first, key, None))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         no_weight = {name: jnp.zeros((), jnp.float32) for name in shapes[1].terms}
         weights, _ = jax.lax.scan(weigh, no_weight, (parts, keys))
