@@ -48,10 +48,17 @@ settled.defvjp(lambda y: (y, None), lambda _, gradient: (jax.lax.optimization_ba
 
 
 def linear(x: Array, w: Array, *, contract: int = 1, platform: str = "cpu") -> Array:
-    """x [..., *in] times w [*in, *out], contracting the last ``contract`` dimensions of x."""
-    dims = tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))
-    y = jax.lax.dot_general(x, w, (dims, ((), ())))
-    return settled(y) if platform == "cpu" else y
+    """x [..., *in] times w [*in, *out], contracting the last ``contract`` dimensions of x.
+
+    On a CPU as a product of two matrices: contracting the leading dimensions of x apart, as the gradient of w
+    does, is a third slower there.
+    """
+    if platform != "cpu":
+        dims = tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))
+        return jax.lax.dot_general(x, w, (dims, ((), ())))
+    leading, width = x.shape[: x.ndim - contract], math.prod(w.shape[:contract])
+    y = jax.lax.dot_general(x.reshape(-1, width), w.reshape(width, -1), (((1,), (0,)), ((), ())))
+    return settled(y).reshape(*leading, *w.shape[contract:])
 
 
 def mask_BTS(

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from research.core.types import Array, Batch, Loss, Policy, Term, WeightedSum
-from research.models import ops
 
 Head = Callable[[Array], Array]
 
@@ -83,28 +82,41 @@ def _columns_per_chunk(batch: int, length: int, chunk: int) -> int:
     return max(c for c in range(1, length + 1) if length % c == 0 and c <= max(1, wanted))
 
 
-def _chunk_sums(head: Head, z_loss: float, hidden: Array, targets: Array, weights: Array) -> tuple[Array, TokenSums]:
-    logits = ops.settled(head(hidden)).astype(jnp.float32)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    cross_entropy = jnp.sum((log_z - chosen) * weights)
+def _chunk_sums(
+    z_loss: float, logits: Array, targets: Array, weights: Array, *, gradient: bool
+) -> tuple[TokenSums, Array | None]:
+    """Sums over one chunk and, where asked for, the gradient of the loss with respect to its logits [..., V]."""
+    logits = logits.astype(jnp.float32)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - top)
+    total = jnp.sum(exponentials, axis=-1, keepdims=True)
+    log_z = (top + jnp.log(total))[..., 0]
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    cross_entropy = jnp.sum((log_z - chosen[..., 0]) * weights)
     z = jnp.sum(jnp.square(log_z) * weights)
-    # the target is the most likely token where no logit is above its own: a pass over logits, not an argmax
-    correct = jnp.sum((chosen >= jnp.max(logits, axis=-1)) * weights)
-    loss = cross_entropy + z_loss * z if z_loss else cross_entropy
-    return loss, TokenSums(loss, cross_entropy, z, correct)
+    correct = jnp.sum((chosen >= top)[..., 0] * weights)
+    sums = TokenSums(cross_entropy + z_loss * z, cross_entropy, z, correct)
+    if not gradient:
+        return sums, None
+    scale = weights * (1 + 2 * z_loss * log_z) if z_loss else weights
+    hit = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,)) == targets[..., None]
+    d_logits = exponentials * (scale[..., None] / total) - jnp.where(hit, weights[..., None], 0.0)
+    return sums, jax.lax.optimization_barrier(d_logits)  # else each product that reads it would form it again
 
 
 def _split(x: Array, columns: int) -> Array:
-    """[B, T, ...] -> [chunks, B, columns, ...]."""
+    """[B, T, ...] -> [chunks, B * columns, ...]."""
     batch, length = x.shape[:2]
-    return jnp.moveaxis(x.reshape(batch, length // columns, columns, *x.shape[2:]), 1, 0)
+    parts = jnp.moveaxis(x.reshape(batch, length // columns, columns, *x.shape[2:]), 1, 0)
+    return parts.reshape(parts.shape[0], batch * columns, *x.shape[2:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(columns: int, z_loss: float, head: Head, hidden: Array, targets: Array, weights: Array) -> TokenSums:
     def body(total: TokenSums, part: tuple[Array, Array, Array]) -> tuple[TokenSums, None]:
-        return jax.tree.map(jnp.add, total, _chunk_sums(head, z_loss, *part)[1]), None
+        part_hidden, part_targets, part_weights = part
+        sums, _ = _chunk_sums(z_loss, head(part_hidden), part_targets, part_weights, gradient=False)
+        return jax.tree.map(jnp.add, total, sums), None
 
     parts = tuple(_split(x, columns) for x in (hidden, targets, weights))
     return jax.lax.scan(body, TokenSums(*[jnp.zeros(())] * 4), parts)[0]
@@ -114,20 +126,20 @@ def _chunked_forward(
     columns: int, z_loss: float, head: Head, hidden: Array, targets: Array, weights: Array
 ) -> tuple[TokenSums, tuple]:
     def body(carry: tuple, part: tuple[Array, Array, Array]) -> tuple[tuple, Array]:
-        total, head_gradient = carry
+        total, d_head = carry
         part_hidden, part_targets, part_weights = part
-        gradients, sums = jax.grad(
-            lambda head, x: _chunk_sums(head, z_loss, x, part_targets, part_weights),
-            argnums=(0, 1),
-            has_aux=True,
-        )(head, part_hidden)
-        accumulated = jax.tree.map(lambda a, g: a + g.astype(a.dtype), head_gradient, gradients[0])
-        return (jax.tree.map(jnp.add, total, sums), accumulated), gradients[1]
+        logits, pull_back = jax.vjp(lambda head, x: head(x), head, part_hidden)
+        sums, d_logits = _chunk_sums(z_loss, logits, part_targets, part_weights, gradient=True)
+        d_part, d_hidden = pull_back(d_logits.astype(logits.dtype))
+        d_head = jax.tree.map(lambda total, d: total + d.astype(total.dtype), d_head, d_part)
+        return (jax.tree.map(jnp.add, total, sums), d_head), d_hidden
 
     parts = tuple(_split(x, columns) for x in (hidden, targets, weights))
     start = TokenSums(*[jnp.zeros(())] * 4), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), head)
     (sums, head_gradient), hidden_gradient = jax.lax.scan(body, start, parts)
-    hidden_gradient = jnp.moveaxis(hidden_gradient, 0, 1).reshape(hidden.shape)
+    batch, length, width = hidden.shape
+    by_row = hidden_gradient.reshape(length // columns, batch, columns, width)
+    hidden_gradient = jnp.moveaxis(by_row, 0, 1).reshape(hidden.shape)
     dtypes = jax.tree.map(lambda p: jnp.zeros((), p.dtype), head)
     return sums, (head_gradient, hidden_gradient, dtypes)
 
