@@ -34,19 +34,6 @@ class Visibility:
     window: int = 0
 
 
-@jax.custom_vjp
-def settled(y: Array) -> Array:
-    """The identity, whose gradient stands finished in memory before it is used.
-
-    On a CPU the compiler would else form the gradient's elementwise producer again inside a transposed copy for
-    each product that reads it.
-    """
-    return y
-
-
-settled.defvjp(lambda y: (y, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
-
-
 def linear(x: Array, w: Array, *, contract: int = 1, platform: str = "cpu") -> Array:
     """x [..., *in] times w [*in, *out], contracting the last ``contract`` dimensions of x.
 
@@ -57,8 +44,29 @@ def linear(x: Array, w: Array, *, contract: int = 1, platform: str = "cpu") -> A
         dims = tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))
         return jax.lax.dot_general(x, w, (dims, ((), ())))
     leading, width = x.shape[: x.ndim - contract], math.prod(w.shape[:contract])
-    y = jax.lax.dot_general(x.reshape(-1, width), w.reshape(width, -1), (((1,), (0,)), ((), ())))
-    return settled(y).reshape(*leading, *w.shape[contract:])
+    rows, matrix = x.reshape(-1, width), w.reshape(width, -1)
+    y = _wide_product(rows, matrix) if rows.shape[0] < matrix.shape[1] else _product(rows, matrix)
+    return y.reshape(*leading, *w.shape[contract:])
+
+
+def _product(x: Array, w: Array) -> Array:
+    return jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())))
+
+
+@jax.custom_vjp
+def _wide_product(x: Array, w: Array) -> Array:
+    """x [n, in] times w [in, out] where n < out: the gradient of w transposes x first, which costs less than
+    a product with its long side transposed."""
+    return _product(x, w)
+
+
+def _wide_product_backward(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
+    x, w = saved
+    d_x = jax.lax.dot_general(d_y, w, (((1,), (1,)), ((), ())))
+    return d_x, _product(jax.lax.optimization_barrier(x.T), d_y)
+
+
+_wide_product.defvjp(lambda x, w: (_product(x, w), (x, w)), _wide_product_backward)
 
 
 def mask_BTS(
@@ -93,9 +101,9 @@ def attention(
 
     q [B, T, N, H], k and v [B, S, K, H] with N a multiple of K -> [B, T, N, H] in q's dtype; softmax in
     float32. positions and segments [B, T] and [B, S] decide what is seen (``Visibility``); ``bias`` maps
-    query and key positions to [B, N, T, S] added to the scores. ``aligned`` promises that slot t of the
-    queries and slot t of the keys are the same token and that a later slot is never seen (packed
-    training rows): only then may blocks of keys be left out ("blocked" else falls back to "plain").
+    query and key positions to [B, N, T, S] added to the scores. ``aligned`` promises packed training rows:
+    slot t of the queries and of the keys is the same token, and positions count the slots since the
+    segment began. Only then may blocks of keys be left out ("blocked" else falls back to "plain").
     """
     if bias is not None and implementation == "blocked":
         raise UserError("Blocked attention takes no bias: choose attention.implementation=plain, or auto.")
@@ -103,7 +111,7 @@ def attention(
     wanted = implementation == "blocked" or (implementation == "auto" and platform == "cpu")
     q_BTNH = q_BTNH / math.sqrt(q_BTNH.shape[-1])
     if wanted and fits and q_BTNH.shape[1] >= BLOCKS * SMALLEST_BLOCK:
-        return blocked_attention(q_BTNH, k_BSKH, v_BSKH, q_segments, window=visibility.window, blocks=BLOCKS)
+        return blocked_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, window=visibility.window, blocks=BLOCKS)
     mask = mask_BTS(
         visibility,
         q_positions=q_positions,
