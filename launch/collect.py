@@ -46,14 +46,3 @@ def table(study: Study, directory: Path) -> Table:
             )
         )
     return Table(tuple(rows))
-
-
-def curves(study: Study, directory: Path) -> dict[str, list[tuple[float, float]]]:
-    """Each run's training loss against the FLOPs spent so far."""
-    found = {}
-    for name in study.experiments:
-        lines = metrics.read(directory / name)
-        points = [(line["flops"], line["loss"]) for line in lines if isinstance(line.get("loss"), float)]
-        if points:
-            found[name] = points
-    return found

@@ -40,8 +40,8 @@ class DataInfo:
     """What a run was trained on: recorded with its results. Bytes are UTF-8 bytes of text."""
 
     corpus: str
-    content_hash: str
-    bytes: int
+    corpus_hash: str
+    corpus_bytes: int
     documents: int
     train_bytes: int
     train_documents: int
@@ -114,8 +114,8 @@ class TextSource:
         train, validation = size["train"], size["validation"]
         return DataInfo(
             corpus=type(self.corpus).__name__,
-            content_hash=self.corpus.fingerprint(cache_dir),
-            bytes=train[0] + validation[0],
+            corpus_hash=self.corpus.fingerprint(cache_dir),
+            corpus_bytes=train[0] + validation[0],
             documents=train[1] + validation[1],
             train_bytes=train[0],
             train_documents=train[1],
@@ -189,12 +189,7 @@ class TextStream:
         # The state that this stream continues from: `row` rows had been drawn before `step`.
         self._origin = (0, 0)
         self._step = 0
-        self.info = {
-            "vocab_size": tokenizer.vocab_size,
-            "corpus_bytes": sum(part.num_bytes for part in tokens),
-            "corpus_hash": self._data["corpus"],
-            "tokenizer": tokenizer.fingerprint,
-        }
+        self.info = dataclasses.asdict(source.prepare(context.cache_dir))
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         weakref.finalize(self, self._worker.shutdown, wait=False, cancel_futures=True)
         self._pending: tuple[int, Future] | None = None

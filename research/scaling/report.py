@@ -24,6 +24,7 @@ from research.scaling.recommend import (
     recommend_from_isoflop,
 )
 from research.scaling.table import ParameterCount, Run, Table, write_atomically, write_csv
+from research.train import metrics
 
 FEWEST_BUDGETS = 2
 CONVENTIONS = {
@@ -69,6 +70,17 @@ class Conclusion:
         """The findings in words: recommendation, held-out test, remarks."""
         found = [part.sentence for part in (self.from_law, self.from_isoflop, self.held_out) if part is not None]
         return (*found, *self.remarks)
+
+
+def training_curves(table: Table, out: Path) -> dict[str, list[tuple[float, float]]]:
+    """Each run's training loss against the FLOPs spent so far, read from its folder below the study's."""
+    found = {}
+    for run in table:
+        lines = metrics.read(Path(out) / run.name)
+        points = [(line["flops"], line["loss"]) for line in lines if isinstance(line.get("loss"), float)]
+        if points:
+            found[run.name] = points
+    return found
 
 
 def write_report(

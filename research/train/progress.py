@@ -44,19 +44,23 @@ class Lines:
     """A plain line for the first step, every few seconds, and the last step: for logs and pipes."""
 
     def __init__(self) -> None:
-        self._name, self._total, self._last, self._begun = "", 0, 0.0, (0, 0.0)
+        self._name, self._total, self._last = "", 0, 0.0
+        self._begun: tuple[int, float] | None = None
 
     def start(self, name: str, *, total: int, step: int) -> None:
-        self._name, self._total, self._last = name, total, 0.0
-        self._begun = (step, time.monotonic())
+        self._name, self._total, self._last, self._begun = name, total, 0.0, None
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
         now = time.monotonic()
         if step == self._total or now - self._last > SECONDS_BETWEEN_LINES:
             self._last = now
-            done, left = step - self._begun[0], self._total - step
-            remaining = (now - self._begun[1]) / max(1, done) * left
-            self.note(f"{self._name}: step {step}/{self._total}, {describe(values)}, {remaining:.0f} s left")
+            left = ""
+            if self._begun is not None:  # the first step's time is mostly compilation: it foretells nothing
+                done, seconds = step - self._begun[0], now - self._begun[1]
+                left = f", {seconds / max(1, done) * (self._total - step):.0f} s left"
+            self.note(f"{self._name}: step {step}/{self._total}, {describe(values)}{left}")
+        if self._begun is None:
+            self._begun = (step, now)
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)

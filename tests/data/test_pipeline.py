@@ -294,9 +294,9 @@ def test_the_next_batch_is_built_on_another_thread_and_errors_surface(source, co
 def test_prepare_says_what_the_data_are(source, cache, folder):
     info = source.prepare(cache)
     files = [path.read_bytes() for path in folder.iterdir()]
-    assert info.bytes == sum(map(len, files)) == info.train_bytes + info.validation_bytes
+    assert info.corpus_bytes == sum(map(len, files)) == info.train_bytes + info.validation_bytes
     assert info.documents == len(files) and info.vocab_size == 300
-    assert info.content_hash == source.corpus.fingerprint(cache)
+    assert info.corpus_hash == source.corpus.fingerprint(cache)
     assert info.tokenizer == source.tokenizer_for(cache).fingerprint
     assert info.train_tokens > info.train_documents * 2
     json.dumps(dataclasses.asdict(info))
