@@ -26,17 +26,17 @@ from research.train.optimizers import Schedule, Share
 
 CORPUS = Stdlib()  # your own text: TextFolder("path/to/folder"), or Jsonl("path/to/file.jsonl")
 TOKENIZER = SentencePiece(vocab_size=512)
-BUDGETS = ladder.geometric(1e11, last=1.6e12, count=5)
-WIDTHS = (12, 16, 20, 24, 32, 40, 48, 64, 80)
+BUDGETS = ladder.geometric(8e10, last=1.28e12, count=5)
+WIDTHS = (16, 24, 32, 40, 48, 64)
 
 
 def model(d_model: int) -> Decoder:
-    """A two-layer decoder with heads of width about 16."""
+    """A two-layer decoder with heads of width 8."""
     return Decoder(
         vocab_size=TOKENIZER.vocab_size,
         d_model=d_model,
         num_layers=2,
-        attention=Attention(num_heads=max(1, d_model // 16)),
+        attention=Attention(num_heads=d_model // 8),
         mlp=Mlp(d_ff=8 * round(d_model / 3)),
         head="tied",
         layers="unrolled",
@@ -68,7 +68,7 @@ def rate(experiment: Experiment) -> Experiment:
 def sweep() -> dict[str, Experiment]:
     models = [model(width) for width in WIDTHS]
     return ladder.isoflop(
-        base(), models=models, budgets=BUDGETS, tokens_per_param=(5.5, 60), adjust=rate, min_steps=200
+        base(), models=models, budgets=BUDGETS, tokens_per_param=(5.2, 90), adjust=rate, min_steps=200
     )
 
 

@@ -158,6 +158,6 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int = 1) -> None:
         nearest = max(1, round(batch_size / (ways * microbatches))) * ways * microbatches
         raise MeshError(
             f"A batch of {batch_size} rows in {microbatches} microbatches does not split over "
-            f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} devices: choose a batch size that is a multiple of {ways * microbatches}, "
-            f"such as {nearest}."
+            f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} devices: choose a batch size that is a multiple "
+            f"of {ways * microbatches}, such as {nearest}."
         )
