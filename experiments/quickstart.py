@@ -27,7 +27,7 @@ from research.train.optimizers import Schedule, Share
 CORPUS = Stdlib()  # your own text: TextFolder("path/to/folder"), or Jsonl("path/to/file.jsonl")
 TOKENIZER = SentencePiece(vocab_size=512)
 BUDGETS = ladder.geometric(8e10, last=1.28e12, count=5)
-WIDTHS = (16, 24, 32, 40, 48, 64)
+WIDTHS = (16, 24, 32, 40, 48, 64, 80)
 
 
 def model(d_model: int) -> Decoder:
@@ -38,15 +38,14 @@ def model(d_model: int) -> Decoder:
         num_layers=2,
         attention=Attention(num_heads=d_model // 8),
         mlp=Mlp(d_ff=8 * round(d_model / 3)),
-        head="tied",
         layers="unrolled",
     )
 
 
 def base() -> Experiment:
     """What all runs share; the ladder sets model and length."""
-    source = TextSource(corpus=CORPUS, tokenizer=TOKENIZER, batch_size=8, sequence_length=128)
-    validation = source.validation(num_batches=8, batch_size=64)
+    source = TextSource(corpus=CORPUS, tokenizer=TOKENIZER, batch_size=16, sequence_length=32)
+    validation = source.validation(num_batches=8, batch_size=256)
     return Experiment(
         name="base",
         model=model(WIDTHS[0]),
@@ -61,14 +60,14 @@ def base() -> Experiment:
 
 def rate(experiment: Experiment) -> Experiment:
     """The learning rate falls with the square root of the width."""
-    peak = 0.032 * (32 / experiment.model.d_model) ** 0.5
+    peak = 0.016 * (32 / experiment.model.d_model) ** 0.5
     return replace(experiment, optimizer=replace(experiment.optimizer, peak=peak))
 
 
 def sweep() -> dict[str, Experiment]:
     models = [model(width) for width in WIDTHS]
     return ladder.isoflop(
-        base(), models=models, budgets=BUDGETS, tokens_per_param=(5.2, 90), adjust=rate, min_steps=200
+        base(), models=models, budgets=BUDGETS, tokens_per_param=(4.2, 50), adjust=rate, min_steps=400
     )
 
 
