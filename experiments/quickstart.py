@@ -11,8 +11,8 @@ Expect:    about 1.85 bits per byte at the largest budget; held-out runs predict
 from dataclasses import replace
 from pathlib import Path
 
+from research.data import sources
 from research.data.pipeline import TextSource
-from research.data.sources import Stdlib
 from research.data.tokenizers import SentencePiece
 from research.evals.validation import Validation
 from research.models.attention import Attention
@@ -24,7 +24,7 @@ from research.scaling.table import Table
 from research.train.experiment import AdamW, CheckpointPolicy, Experiment, Flops
 from research.train.optimizers import Schedule, Share
 
-CORPUS = Stdlib()  # your own text: TextFolder("path/to/folder"), or Jsonl("path/to/file.jsonl")
+CORPUS = sources.Stdlib()  # your own: sources.TextFolder("path/to/folder"), sources.Jsonl("file.jsonl")
 TOKENIZER = SentencePiece(vocab_size=512)
 BUDGETS = ladder.geometric(8e10, last=1.28e12, count=5)
 WIDTHS = (16, 24, 32, 40, 48, 64, 80)
@@ -53,7 +53,7 @@ def base() -> Experiment:
         source=source,
         optimizer=AdamW(schedule=Schedule("cosine", warmup=Share(0.1))),
         length=Flops(BUDGETS[0]),
-        evals=(Validation(validation, NextToken(), num_batches=8),),
+        evals=(Validation(validation, NextToken()),),
         checkpoint=CheckpointPolicy(every=500),
     )
 

@@ -2,7 +2,6 @@
 """The command ``lab``. Each subcommand imports what it needs, so that a mistake is reported at once."""
 
 import argparse
-import errno
 import importlib.util
 import os
 import sys
@@ -10,8 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from launch import host
+
 TESTED_JAX = (0, 10)
-OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,6 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if (code := check_jax()) != 0:
         return code
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if options.command in (run, sweep):
+        host.keep_memory()  # before JAX is loaded
     from research.core.types import UserError
     from research.train.interrupt import Interrupted
 
@@ -28,10 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return fail(str(error))
     except OSError as error:
-        if error.errno in OUT_OF_SPACE:
+        if error.errno in host.OUT_OF_SPACE:
             where = f" while writing {error.filename}" if error.filename else ""
             return fail(f"The disk is full{where}: free some space and repeat the command; what was saved is whole.")
-        raise
+        if error.filename is None:
+            raise
+        return fail(f"{error.filename} cannot be used ({error.strerror}): check that path and who may write there.")
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signum
@@ -184,5 +189,4 @@ def train_tokenizer(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.exit(main())

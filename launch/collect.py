@@ -15,11 +15,11 @@ from research.train.experiment import Experiment
 def status(experiment: Experiment, directory: Path) -> tuple[Status, dict[str, Any]]:
     """What is known of a run: finished, diverged, failed, running (begun, not finished) or missing."""
     result = loop.read_json(directory / loop.RESULT)
-    if result is not None and result["hash"] == experiment.hash:
+    if result is not None and result.get("hash") == experiment.hash:
         return "finished", result
     failure = loop.read_json(directory / FAILURE)
     if failure is not None:
-        return failure["status"], {}
+        return failure.get("status", "failed"), {}
     return ("running" if (directory / metrics.FILE).exists() else "missing"), {}
 
 

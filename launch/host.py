@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of this host's process, to be made before JAX is loaded."""
+"""This host: settings of the process to be made before JAX is loaded, and what its file system says."""
 
 import ctypes
+import errno
 import sys
 from pathlib import Path
 
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ACCELERATORS = ("accel*", "vfio/*", "nvidia[0-9]*")
 # malloc.h of glibc
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8

@@ -3,7 +3,6 @@
 
 import contextlib
 import fcntl
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +44,7 @@ def run(experiment: Experiment, directory: Path, *, profile: bool = False) -> di
             status = "diverged" if isinstance(error, Diverged) else "failed"
             with contextlib.suppress(OSError):  # a full disk must not hide the error that says so
                 record = {"status": status, "hash": experiment.hash, "message": str(error)}
-                (directory / FAILURE).write_text(json.dumps(record) + "\n")
+                loop.write_json(directory / FAILURE, record)
             raise
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Study files: ``path/to/study.py`` or ``path/to/study.py:function`` becomes experiments and an analysis."""
 
+import contextlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,8 @@ from typing import Any
 from research.core.config import override
 from research.core.types import UserError
 from research.train.experiment import Experiment
+
+MAX_NAME = 200  # of a folder; file systems allow 255
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,17 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Study:
         raise UserError(
             f"{path_text} has no function {function}(): a study exports sweep() -> dict of name to Experiment."
         )
-    experiments = sweep()
+    with told(path_text):
+        experiments = sweep()
     if not (isinstance(experiments, dict) and all(isinstance(e, Experiment) for e in experiments.values())):
         raise UserError(f"{function}() of {path_text} must return a dict of name to Experiment.")
     if not experiments:
         raise UserError(f"{function}() of {path_text} returned no experiment.")
+    if any(assignment.partition("=")[0].strip() == "name" for assignment in overrides):
+        raise UserError("--set name=... would give every run one name: the names are the keys of the study's dict.")
+    analyze = getattr(module, "analyze", None)
+    if analyze is not None and not callable(analyze):
+        raise UserError(f"analyze in {path_text} is not a function: define analyze(runs, out), or leave it out.")
     changed = {}
     for name, experiment in experiments.items():
         for assignment in overrides:
@@ -56,7 +65,7 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Study:
         changed[name] = replace(experiment, name=name)
     parts = [Path(path_text).stem] + ([function] if function != "sweep" else [])
     folder = "-".join(parts) + "".join("@" + re.sub(r"[^\w.=+-]", "_", o) for o in sorted(overrides))
-    return Study(folder, reference, changed, getattr(module, "analyze", None))
+    return Study(folder[:MAX_NAME], reference, changed, analyze)
 
 
 def load_module(path: Path) -> ModuleType:
@@ -65,7 +74,7 @@ def load_module(path: Path) -> ModuleType:
     root = Path.cwd()
     inside = path.resolve().is_relative_to(root)
     # the name that `import` would give it, so that classes defined in a study are found again by name
-    name = ".".join(path.resolve().relative_to(root).with_suffix("").parts) if inside else path.stem
+    name = ".".join(path.resolve().relative_to(root).with_suffix("").parts) if inside else f"study_{path.stem}"
     if inside and str(root) not in sys.path:
         sys.path.insert(0, str(root))
     spec = importlib.util.spec_from_file_location(name, path)
@@ -73,14 +82,24 @@ def load_module(path: Path) -> ModuleType:
         raise UserError(f"{path} is not a Python file: a study is one, with a function sweep().")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    try:
+    with told(str(path)):
         spec.loader.exec_module(module)
-    except UserError:
+    return module
+
+
+@contextlib.contextmanager
+def told(path: str) -> Iterator[None]:
+    """Turns what goes wrong inside a study's own code into one sentence with the line."""
+    try:
+        yield
+    except (UserError, OSError):
         raise
-    except Exception as error:
+    except SyntaxError as error:
+        raise UserError(f"{error.filename} is not Python: {error.msg} (line {error.lineno}).") from error
+    except (Exception, SystemExit) as error:
         place = error.__traceback__
         while place is not None and place.tb_next is not None:
             place = place.tb_next
         line = f" (line {place.tb_lineno} of {place.tb_frame.f_code.co_filename})" if place else ""
-        raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}{line}.") from error
-    return module
+        text = " ".join(str(error).split())
+        raise UserError(f"{path} fails with {type(error).__name__}: {text}{line}.") from error

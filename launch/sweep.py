@@ -6,14 +6,18 @@ import time
 from pathlib import Path
 
 from launch import collect, local
-from launch.study import Study
+from launch.host import OUT_OF_SPACE
+from launch.study import Study, told
 from research.core.types import UserError
+from research.data.pipeline import TextSource
 from research.scaling.table import write_csv
+from research.train.checkpoint import brief
 
 
 def sweep(study: Study, directory: Path) -> int:
     """Runs every unfinished experiment; one that fails does not stop the others. Returns the exit code."""
     names = sorted(study.experiments, key=lambda name: study.experiments[name].flops)
+    check_corpora(study, directory)
     begun, failed = time.monotonic(), []
     for position, name in enumerate(names, start=1):
         experiment = study.experiments[name]
@@ -27,10 +31,29 @@ def sweep(study: Study, directory: Path) -> int:
         except UserError as error:
             failed.append(name)
             say(f"[{position}/{len(names)}] {name}: {error}")
+        except Exception as error:  # one run's crash must not end the sweep; its failure.json has the whole text
+            if isinstance(error, OSError) and error.errno in OUT_OF_SPACE:
+                raise
+            failed.append(name)
+            say(f"[{position}/{len(names)}] {name}: {type(error).__name__}: {brief(error)}")
     say(f"{len(names) - len(failed)} of {len(names)} runs finished, {time.monotonic() - begun:.0f} s")
     if study.analyze is not None:
         analyze(study, directory)
     return 1 if failed else 0
+
+
+def check_corpora(study: Study, directory: Path) -> None:
+    """Raises UserError where a finished run was trained on text that has changed since: a law needs one text."""
+    for name, experiment in study.experiments.items():
+        _, result = collect.status(experiment, directory / name)
+        before = result.get("data", {}).get("corpus_hash")
+        if before is not None and isinstance(experiment.source, TextSource):
+            now = experiment.source.corpus.fingerprint(local.cache_dir())
+            if now != before:
+                raise UserError(
+                    f"{directory / name} was trained on text with the content hash {before}, which is now {now}: "
+                    f"put the text back, or remove {directory} to run the study on the new text."
+                )
 
 
 def analyze(study: Study, directory: Path) -> None:
@@ -40,7 +63,8 @@ def analyze(study: Study, directory: Path) -> None:
     runs = collect.table(study, directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_csv(runs, directory / "table.csv")
-    study.analyze(runs, directory)
+    with told(study.reference):
+        study.analyze(runs, directory)
 
 
 def say(text: str) -> None:

@@ -22,7 +22,7 @@ MODEL = Decoder(
 
 
 def experiment(steps: int = 20, **changes: Any) -> Experiment:
-    source = TextSource(corpus=Synthetic(num_symbols=20_000), tokenizer=Bytes(), batch_size=8, sequence_length=32)
+    source = TextSource(corpus=Synthetic(num_symbols=20_000), tokenizer=Bytes(), batch_size=8, sequence_length=64)
     tiny = Experiment(
         name="tiny",
         model=MODEL,
@@ -30,7 +30,7 @@ def experiment(steps: int = 20, **changes: Any) -> Experiment:
         source=source,
         optimizer=AdamW(peak=3e-3),
         length=Steps(steps),
-        evals=(Validation(source.validation(num_batches=2), NextToken(), num_batches=2),),
+        evals=(Validation(source.validation(num_batches=2), NextToken()),),
         checkpoint=CheckpointPolicy(every=5),
         log_every=1,
     )
@@ -38,7 +38,7 @@ def experiment(steps: int = 20, **changes: Any) -> Experiment:
 
 
 def batch(
-    *, rows: int = 8, length: int = 32, vocab_size: int = 264, documents: int = 1, seed: int = 1
+    *, rows: int = 8, length: int = 64, vocab_size: int = 264, documents: int = 1, seed: int = 1
 ) -> dict[str, Any]:
     """A random packed batch: ``documents`` pieces of equal length in each row, a few tokens without weight."""
     rng = np.random.default_rng(seed)

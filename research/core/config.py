@@ -113,17 +113,19 @@ def resolve(name: str) -> type:
     return found
 
 
+def short_types(record: Any) -> Any:
+    """A JSON record with classes by name alone, without the module that holds them."""
+    if isinstance(record, dict):
+        return {
+            k: v.rpartition(":")[2] if k == TYPE_KEY and isinstance(v, str) else short_types(v)
+            for k, v in record.items()
+        }
+    return [short_types(child) for child in record] if isinstance(record, list) else record
+
+
 def config_hash(value: Any, length: int = 12) -> str:
     """A hash of the configuration's content; classes count by name, so that moving one keeps the hash."""
-
-    def short(record: Any) -> Any:
-        if isinstance(record, dict):
-            return {
-                k: v.rpartition(":")[2] if k == TYPE_KEY and isinstance(v, str) else short(v) for k, v in record.items()
-            }
-        return [short(child) for child in record] if isinstance(record, list) else record
-
-    text = json.dumps(short(to_json(value)), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(short_types(to_json(value)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
@@ -201,7 +203,7 @@ def parse(text: str, annotation: Any, path: str, current: Any = None) -> Any:
     for member in members:
         try:
             return _parse_as(text, member, current)
-        except ValueError:
+        except (ValueError, OverflowError):
             continue
     if dataclasses.is_dataclass(current):
         names = ", ".join(f.name for f in dataclasses.fields(current))

@@ -68,7 +68,7 @@ class MeshSpec:
             given = " x ".join(f"{name}={n}" for name, n in sizes.items())
             raise MeshError(
                 f"The mesh {given} needs {math.prod(sizes.values())} devices and there are {num_devices}: "
-                "choose axes whose product divides the number of devices."
+                "choose axes whose product is at most that number, and divides it where data is -1."
             )
         return sizes
 

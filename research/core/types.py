@@ -107,9 +107,11 @@ class Stream(Protocol):
     """Batches of one run. ``next`` is a function of (policy, seed, step), never of host timing.
 
     info: what the data are, as JSON for the record (vocab_size, corpus_bytes, corpus_hash, ...).
+    num_batches: how many there are; None where the stream is endless.
     """
 
     info: Mapping[str, Any]
+    num_batches: int | None
 
     def next(self, policy: Policy | None, step: int) -> Batch:
         """The global batch of ``step``, as global arrays sharded over the context's mesh."""

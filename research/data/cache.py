@@ -86,7 +86,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
             raise CacheError(
                 f"The disk is full while writing {folder}: free some space or choose another cache folder."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST):
             raise CacheError(
                 f"The cache folder {folder.parent} cannot be written ({error.strerror}): choose another one."
             ) from error

@@ -16,30 +16,33 @@ from research.core.types import (
     Objective,
     Policy,
     Source,
+    UserError,
     WeightedSum,
 )
 
 
 @dataclass(frozen=True)
 class Validation:
-    """An objective's means over a source's batches, each divided by its weight over all of them.
+    """An objective's means over all batches of a source, each divided by its weight over all of them.
 
-    source: batches in a fixed order (``num_batches`` of them). every: steps between evaluations (0: at the
-    end only). Results: ``validation/loss``, and ``validation/NAME`` for each of the objective's metrics.
+    source: batches in a fixed order, with an end (``TextSource.validation``). every: steps between evaluations
+    (0: at the end only). Results: ``validation/loss``, and ``validation/NAME`` for each of the objective's metrics.
     """
 
     source: Source
     objective: Objective
-    num_batches: int
     every: int = 0
     name: str = "validation"
 
     def start(self, context: Context) -> EvalRun:
         stream = self.source.start(context)
+        if not stream.num_batches:
+            raise UserError("Validation needs a source with an end: use source.validation(num_batches=...).")
+        num_batches = stream.num_batches
 
         def run(policy: Policy, step: int) -> Metrics:
             totals: dict[str, tuple[float, float]] = {}
-            for index in range(self.num_batches):
+            for index in range(num_batches):
                 sums = _sums(self.objective, policy, stream.next(None, index))
                 for name, (amount, weight) in jax.device_get(sums).items():
                     before = totals.get(name, (0.0, 0.0))

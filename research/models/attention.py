@@ -37,6 +37,16 @@ class Attention:
     window: int = 0
     implementation: ops.AttentionImplementation = "auto"
 
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("num_heads", self.num_heads, 1),
+            ("num_kv_heads", self.num_kv_heads, 1),
+            ("head_dim", self.head_dim, 1),
+            ("window", self.window, 0),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"attention.{name} is {value}: it must be at least {least}.")
+
     @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads

@@ -48,10 +48,11 @@ def rotary_tables(config: Rotary, positions_BT: Array, head_dim: int) -> tuple[A
 
 
 def rotate(x_BTNH: Array, tables: tuple[Array, Array]) -> Array:
-    """Turns queries or keys [B, T, N, H] by their positions; the dtype stays."""
-    sin, cos = (t[:, :, None, :].astype(x_BTNH.dtype) for t in tables)
-    first, second = jnp.split(x_BTNH, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    """Turns queries or keys [B, T, N, H] by their positions, in float32; the dtype stays."""
+    sin, cos = (t[:, :, None, :] for t in tables)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
 
 
 def sinusoids(config: Sinusoidal, positions_BT: Array, d_model: int) -> Array:

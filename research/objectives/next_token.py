@@ -70,16 +70,21 @@ def token_sums(
     head: a pytree that maps hidden [..., D] to logits [..., V]; hidden [B, T, D]; targets and weights [B, T].
     The value and the gradients with respect to head and hidden equal those of the plain form.
     """
-    columns = _columns_per_chunk(hidden_BTD.shape[0], hidden_BTD.shape[1], chunk)
+    columns, padding = _chunking(hidden_BTD.shape[0], hidden_BTD.shape[1], chunk)
+    if padding:
+        hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0)))
+        targets_BT, weights_BT = (jnp.pad(x, ((0, 0), (0, padding))) for x in (targets_BT, weights_BT))
     return _chunked(columns, z_loss, head, hidden_BTD, targets_BT, weights_BT)
 
 
-def _columns_per_chunk(batch: int, length: int, chunk: int) -> int:
-    """How many of the T columns go into one chunk: a divisor of T, so that B stays split over the mesh."""
+def _chunking(batch: int, length: int, chunk: int) -> tuple[int, int]:
+    """How many of the T columns go into one chunk, so that B stays split over the mesh, and how many to add."""
     mesh = jax.sharding.get_abstract_mesh()
     ways = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-    wanted = chunk * ways // batch if chunk else length
-    return max(c for c in range(1, length + 1) if length % c == 0 and c <= max(1, wanted))
+    wanted = min(length, max(1, chunk * ways // batch)) if chunk else length
+    chunks = -(-length // wanted)
+    columns = -(-length // chunks)
+    return columns, chunks * columns - length
 
 
 def _chunk_sums(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from research.core.types import UserError
 from research.models.decoder import Decoder
 from research.scaling import cost
-from research.scaling.table import ParameterCount, Run
+from research.scaling.table import ParameterCount
 from research.train.experiment import Experiment, Flops
 
 Models = Mapping[str, Decoder] | Sequence[Decoder]
@@ -121,29 +121,6 @@ def choose(
     return chosen
 
 
-def around(
-    models: Models, *, params: float, sizes: int = 5, parameters: ParameterCount = "total"
-) -> dict[str, Decoder]:
-    """The ``sizes`` models nearest to an expected optimum (params), in logs, some on either side, smallest
-    first.
-
-    Raises UserError where the models do not bracket the optimum.
-    """
-    labelled = labels(models, parameters=parameters)
-    distance = {label: math.log(count(m, parameters=parameters) / params) for label, m in labelled.items()}
-    below = sorted((d for d in distance if distance[d] < 0), key=lambda d: -distance[d])
-    above = sorted((d for d in distance if distance[d] >= 0), key=lambda d: distance[d])
-    if not below or not above:
-        raise UserError(
-            f"An optimum of {params:.3g} parameters lies outside the {len(labelled)} models given: add "
-            f"models {'below' if not below else 'above'} it."
-        )
-    side = max(1, sizes // 2)
-    first = below[: max(side, sizes - len(above))]
-    chosen = first + above[: max(1, sizes - len(first))]
-    return {label: labelled[label] for label in sorted(chosen, key=lambda d: distance[d])}
-
-
 def grid(
     base: Decoder,
     *,
@@ -179,18 +156,6 @@ def geometric(first: float, *, last: float, count: int) -> tuple[float, ...]:
     if count == 1:
         return (float(first),)
     return tuple(float(first) * (last / first) ** (index / (count - 1)) for index in range(count))
-
-
-def planned(experiment: Experiment) -> Run:
-    """The experiment's row before it has run: its costs, with status "missing"."""
-    counts = cost.params(experiment.model)
-    return Run(
-        name=experiment.name,
-        params=counts.total,
-        non_embedding_params=counts.non_embedding,
-        tokens=experiment.tokens,
-        flops=experiment.flops,
-    )
 
 
 def count(model: Decoder, *, parameters: ParameterCount = "total") -> int:

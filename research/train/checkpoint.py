@@ -35,7 +35,7 @@ def steps(directory: Path) -> list[int]:
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two experiments' JSON, apart from what only says where or how it is watched."""
     old, new = ({k: v for k, v in record.items() if k not in WATCHING} for record in (saved, now))
-    return config.differences(old, new)
+    return config.differences(config.short_types(old), config.short_types(new))
 
 
 def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
@@ -51,8 +51,8 @@ def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any], directory:
 class Checkpointer:
     """Saves and restores one run's checkpoints under ``directory/checkpoints``."""
 
-    def __init__(self, directory: Path, policy: CheckpointPolicy) -> None:
-        self.directory, self.policy = directory, policy
+    def __init__(self, directory: Path, policy: CheckpointPolicy, *, read_only: bool = False) -> None:
+        self.directory, self.policy, self.read_only = directory, policy, read_only
         self._folder = directory / FOLDER
         self._opened: Any = None
 
@@ -69,7 +69,8 @@ class Checkpointer:
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=self.policy.keep_last,
                     keep_period=self.policy.keep_every or None,
-                    cleanup_tmp_directories=True,
+                    cleanup_tmp_directories=not self.read_only,
+                    read_only=self.read_only,
                     enable_async_checkpointing=True,
                 ),
             )

@@ -35,7 +35,7 @@ class CheckpointPolicy:
     keep_every: those at multiples of so many steps stay for good (0: none)."""
 
     every: int = 200
-    keep_last: int = 1
+    keep_last: int = 2
     keep_every: int = 0
 
 
@@ -109,9 +109,16 @@ class Experiment:
             ("log_every", self.log_every, 1),
             ("checkpoint.every", self.checkpoint.every, 0),
             ("checkpoint.keep_last", self.checkpoint.keep_last, 1),
+            ("checkpoint.keep_every", self.checkpoint.keep_every, 0),
+            ("seed", self.seed, 0),
+            *((f"evals.{i}.every", evaluation.every, 0) for i, evaluation in enumerate(self.evals)),
         ):
             if value < least:
                 raise UserError(f"{name} is {value}: it must be at least {least}.")
+        if self.seed >= 2**32 or not 0 <= self.ema < 1:
+            raise UserError(
+                f"seed must be below 2^32 and ema at least 0 and below 1; given {self.seed} and {self.ema}."
+            )
 
     def record(self) -> Any:
         """The experiment's JSON."""

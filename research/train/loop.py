@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from research.core import sharding
-from research.core.types import Context, EvalRun, Stream
+from research.core.types import Context, EvalRun, Stream, UserError
 from research.scaling import cost
 from research.train import hardware, metrics, provenance
 from research.train.checkpoint import Checkpointer, check_unchanged
@@ -25,6 +25,8 @@ from research.train.start import Program, first_state
 from research.train.state import TrainState
 
 RECORD, RESULT = "experiment.json", "result.json"
+# A result's loss, the first there is: held-out nats per token, another held-out objective, the last training loss.
+LOSSES = ("validation/cross_entropy", "validation/loss", "loss")
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,11 @@ def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, 
     record, previous = experiment.record(), read_json(directory / RECORD)
     if previous is not None:
         check_unchanged(previous, record, directory)
-    if (result := read_json(directory / RESULT)) is not None:
-        return result
+    if (done_before := read_json(directory / RESULT)) is not None:
+        return done_before
     mesh = sharding.make_mesh(experiment.mesh)
     sharding.check_batch(mesh, experiment.source.batch_size, experiment.accumulate)
-    with jax.set_mesh(mesh), Interrupt() as interrupt:
+    with jax.set_mesh(mesh):
         context = Context(mesh=mesh, seed=experiment.seed, cache_dir=options.cache_dir)
         stream = experiment.source.start(context)
         length, vocabulary = experiment.source.sequence_length, stream.info.get("vocab_size", 0)
@@ -65,18 +67,17 @@ def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, 
             done = int(state.step)
             provenance.record(directory, mesh, step=done, extra={"data": stream.info})
             peak = hardware.peak_flops(mesh, options.cache_dir)
-            with Monitor(
-                experiment,
-                checkpoints,
-                step=done,
-                peak=peak,
-                progress=options.progress,
-                profile=options.profile,
-            ) as monitor:
+            monitor = Monitor(
+                experiment, checkpoints, step=done, peak=peak, progress=options.progress, profile=options.profile
+            )
+            with monitor, Interrupt() as interrupt:
                 train(program, state, stream, evals, checkpoints, monitor, interrupt)
+                result = finish(experiment, directory, stream)
         finally:
             checkpoints.close()
-    return finish(experiment, directory, stream)
+    if interrupt.signum is not None:  # it came during the last step: the run is done, its caller is to stop
+        raise Interrupted(experiment.name, step=experiment.steps, signum=interrupt.signum)
+    return result
 
 
 def train(
@@ -126,6 +127,12 @@ def finish(experiment: Experiment, directory: Path, stream: Stream) -> dict[str,
     for line in metrics.read(directory):
         if line["step"] == experiment.steps:
             last |= line
+    loss = next((last[name] for name in LOSSES if name in last), None)
+    if loss is None:
+        raise UserError(
+            f"{directory / metrics.FILE} has no line for the last step, {experiment.steps}: remove {directory} "
+            "to run again."
+        )
     params = cost.params(experiment.model)
     result = {
         "name": experiment.name,
@@ -135,7 +142,7 @@ def finish(experiment: Experiment, directory: Path, stream: Stream) -> dict[str,
         "non_embedding_params": params.non_embedding,
         "tokens": experiment.tokens,
         "flops": experiment.flops,
-        "loss": last.get("validation/loss", last.get("loss")),
+        "loss": loss,
         "bits_per_byte": last.get("validation/bits_per_byte", last.get("bits_per_byte")),
         "seconds": last.get("seconds"),
         "metrics": {name: value for name, value in last.items() if not isinstance(value, list)},
@@ -145,8 +152,17 @@ def finish(experiment: Experiment, directory: Path, stream: Stream) -> dict[str,
     return result
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is no file. Raises UserError where it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is damaged: remove it, and the run goes on from its last checkpoint.")
+    return record
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,22 +13,32 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from research.core.types import UserError
+
 # Fields that depend on the clock: everything else repeats bit for bit when a run is resumed.
 CLOCK_FIELDS = ("seconds", "step_seconds", "tokens_per_second", "peak_share")
 FILE = "metrics.jsonl"
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run, oldest first. A last line cut short by a crash is left out."""
+    """The lines of a run, oldest first. A last line cut short by a crash is left out.
+
+    Raises UserError for any other line that is not a JSON object with a step.
+    """
     path = directory / FILE
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    *whole, _ = path.read_bytes().split(b"\n")  # what follows the last newline was cut short
+    for number, text in enumerate(whole, start=1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text)
+            line["step"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"Line {number} of {path} is damaged: mend or remove that line; the other {len(whole) - 1} are kept."
+            ) from error
+        lines.append(line)
     return lines
 
 

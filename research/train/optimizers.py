@@ -42,6 +42,10 @@ class Share:
 
     of: float
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.of <= 1:
+            raise UserError(f"A share of a run lies between 0 and 1; given {self.of}.")
+
 
 Length = Tokens | Flops | Steps
 
@@ -83,7 +87,7 @@ class Schedule:
     final: float = 0.1
 
     def value(self, peak: float, clock: Clock, step: int) -> float:
-        """The learning rate of step ``step`` (from 0). The last step, total - 1, is at ``final * peak``."""
+        """The learning rate of step ``step`` (from 0). A decaying one ends at ``final * peak``, at the last step."""
         total = clock.total
         warmup = min(clock.steps(self.warmup), max(0, total - 1))
         start = max(warmup, total - clock.steps(self.decay)) if self.shape == "wsd" else warmup
@@ -124,6 +128,15 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
+            raise UserError(f"AdamW's b1 and b2 must be at least 0 and below 1; given {self.b1} and {self.b2}.")
+        if not (math.isfinite(self.peak) and self.peak >= 0 and self.clip >= 0 and self.weight_decay >= 0):
+            raise UserError(
+                f"AdamW's peak, clip and weight_decay must be at least 0; given {self.peak}, {self.clip} and "
+                f"{self.weight_decay}."
+            )
 
     def learning_rate(self, clock: Clock, step: int) -> float:
         return self.schedule.value(self.peak, clock, step)

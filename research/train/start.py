@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from research.core import sharding
@@ -57,9 +58,11 @@ def first_state(program: Program, checkpoints: checkpoint.Checkpointer, stream: 
     if init is None:
         return program.fresh()
     if init.parts == "weights":
-        return program.fresh()._replace(params=program.load(init).params)
+        params = program.load(init).params
+        ema = jax.tree.map(jnp.copy, params) if experiment.ema else None
+        return program.fresh()._replace(params=params, ema=ema)
     directory, last = checkpoint.locate(Path(init.checkpoint))
-    other = checkpoint.Checkpointer(directory, experiment.checkpoint)
+    other = checkpoint.Checkpointer(directory, experiment.checkpoint, read_only=True)
     try:
         return _restore(program, other, last, stream, None)
     finally:

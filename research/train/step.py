@@ -56,17 +56,19 @@ def make_step(experiment: Experiment, tx: optax.GradientTransformation, *, platf
             return jax.tree.map(jnp.add, total, {name: t.value.weight for name, t in terms.items()}), None
 
         def add(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(state, frozen, *part, weights)), None
+            part_sums = gradient(state, frozen, *part, weights)
+            return jax.tree.map(lambda a, b: a + jnp.asarray(b, a.dtype), total, part_sums), None
 
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(lambda: gradient(state, frozen, first, key, None))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
         no_weight = {name: jnp.zeros((), jnp.float32) for name in shapes[1].terms}
         weights, _ = jax.lax.scan(weigh, no_weight, (parts, keys))
         (gradients, result), _ = jax.lax.scan(add, zeros, (parts, keys))
         terms = {
             name: term._replace(coefficient=term.coefficient / microbatches) for name, term in result.terms.items()
         }
+        gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.params)
         return gradients, result._replace(terms=terms)
 
     def step(

@@ -19,7 +19,7 @@ def test_means_are_over_all_batches_together(cache_dir):
         found = validation.start(context)(policy, 1)
         nats = weight = size = 0.0
         stream = validation.source.start(context)
-        for index in range(validation.num_batches):
+        for index in range(stream.num_batches):
             batch = stream.next(None, index)
             loss = jax.jit(lambda b: validation.objective(policy, {}, b, jax.random.key(0)))(batch)
             nats += float(loss.metrics["cross_entropy"].sum)

@@ -46,6 +46,10 @@ MISTAKES = {
         "choose a batch size",
     ),
     "length": (["run", STUDY, "--only", "tiny", "--set", "source.sequence_length=0"], "at least 1"),
+    "a number out of range": (["list", STUDY, "--set", "optimizer.b1=2"], "below 1"),
+    "no heads": (["list", STUDY, "--set", "model.attention.num_heads=0"], "at least 1"),
+    "too large a number": (["list", STUDY, "--set", "length.count=1e400"], "not a whole number"),
+    "a name": (["list", STUDY, "--set", "name=x"], "keys of the study's dict"),
     "no corpus": (["tokenizer", "train", "/nowhere/at/all"], "/nowhere/at/all"),
 }
 
@@ -62,6 +66,74 @@ def test_a_study_that_does_not_load_names_the_line(lab, tmp_path):
     (tmp_path / "broken.py").write_text("x = 1\ny = x / 0\n")
     code, _, err = lab("list", str(tmp_path / "broken.py"))
     assert code == 2 and "ZeroDivisionError" in err and "line 2" in err and err.count("\n") == 1
+
+
+DAMAGED = {
+    "result.json": ["{", "[]", ""],
+    "experiment.json": ["{", "null"],
+    "failure.json": ["{"],
+    "metrics.jsonl": ['{"step": 1}\n{"ste\n{"step": 3}\n', "3\n", "\xff\n"],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files_of_a_run_are_one_sentence_and_stay(lab, tmp_path, name):
+    folder = tmp_path / "runs" / "tiny_study" / "tiny"
+    folder.mkdir(parents=True)
+    for text in DAMAGED[name]:
+        (folder / name).write_text(text, encoding="latin-1")
+        command = ["list", STUDY] if name in ("result.json", "failure.json") else ["run", STUDY, "--only", "tiny"]
+        code, _, err = lab(*command)
+        errors = [line for line in err.splitlines() if line.startswith("lab: error")]
+        assert code == 2 and len(errors) == 1 and "damaged" in errors[0], (text, err)
+        assert (folder / name).read_text(encoding="latin-1") == text
+
+
+def test_places_that_cannot_be_used_are_one_sentence(lab, tmp_path, monkeypatch):
+    (tmp_path / "runs").write_text("a file")
+    code, _, err = lab("run", STUDY, "--only", "tiny")
+    assert code == 2 and err.count("\n") == 1 and "cannot be used" in err
+    (tmp_path / "runs").unlink()
+    monkeypatch.setenv("LAB_CACHE", "/proc/nope")
+    code, _, err = lab("tokenizer", "train", "stdlib")
+    assert code == 2 and err.count("\n") == 1 and "/proc/nope" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def sweep(:\n", "line 1"),
+        ("def sweep():\n    return {}['a']\n", "KeyError"),
+        ("import sys\nsys.exit(3)\n", "SystemExit"),
+        ("def sweep():\n    return {}\n", "returned no experiment"),
+        ("def sweep():\n    return 3\n", "must return a dict"),
+        ("from tests.launch.tiny_study import sweep\nanalyze = 3\n", "not a function"),
+    ],
+)
+def test_a_study_that_fails_is_one_sentence(lab, tmp_path, text, words):
+    (tmp_path / "broken.py").write_text(text)
+    code, _, err = lab("list", str(tmp_path / "broken.py"))
+    assert code == 2 and words in err and err.count("\n") == 1, err
+
+
+def test_a_finished_study_whose_text_has_changed_is_refused(lab, tmp_path):
+    (tmp_path / "text").mkdir()
+    for name in "abc":
+        (tmp_path / "text" / f"{name}.txt").write_text(f"some text of {name}\n" * 500)
+    (tmp_path / "own.py").write_text(
+        "from dataclasses import replace\nfrom tests import tiny\nfrom research.core.sharding import MeshSpec\n"
+        "from research.data.sources import TextFolder\n"
+        "def sweep():\n"
+        "    e = tiny.experiment(steps=2, mesh=MeshSpec(data=1), evals=())\n"
+        f"    return {{'a': replace(e, source=replace(e.source, corpus=TextFolder({str(tmp_path / 'text')!r})))}}\n"
+        "def analyze(runs, out):\n    (out / 'said').write_text(runs.finished()[0].name)\n"
+    )
+    code, _, err = lab("sweep", str(tmp_path / "own.py"))
+    assert code == 0, err
+    assert lab("analyze", str(tmp_path / "own.py"))[0] == 0 and list((tmp_path / "runs").rglob("said"))
+    (tmp_path / "text" / "a.txt").write_text("quite another\n" * 500)
+    code, _, err = lab("sweep", str(tmp_path / "own.py"))
+    assert code == 2 and "content hash" in err and err.count("\n") == 1
 
 
 def test_an_empty_document_set(lab, tmp_path):

@@ -21,7 +21,7 @@ VARIANTS = {
     "mha rope rms swiglu": replace(tiny.MODEL, attention=Attention(4)),
     "gqa tied geglu": replace(tiny.MODEL, head="tied", mlp=Mlp(48, "geglu")),
     "mqa learned layernorm gelu": replace(
-        tiny.MODEL, attention=Attention(4, 1), position=Learned(32), norm=Norm("layer"), mlp=Mlp(48, "gelu")
+        tiny.MODEL, attention=Attention(4, 1), position=Learned(64), norm=Norm("layer"), mlp=Mlp(48, "gelu")
     ),
     "sinusoidal relu wide heads": replace(
         tiny.MODEL, attention=Attention(2, head_dim=24), position=Sinusoidal(), mlp=Mlp(48, "relu")
@@ -48,7 +48,7 @@ def model(request):
 def test_causal(model):
     """Changing a token changes nothing before it, and something after it."""
     params, batch = params_of(model), tiny.batch(rows=2)
-    changed = dict(batch, tokens=np.where(np.arange(32)[None, :] == 20, (batch["tokens"] + 1) % 264, batch["tokens"]))
+    changed = dict(batch, tokens=np.where(np.arange(64)[None, :] == 20, (batch["tokens"] + 1) % 264, batch["tokens"]))
     before, after = (hidden(model, params, b).hidden for b in (batch, changed))
     np.testing.assert_array_equal(before[:, :20], after[:, :20])
     assert not np.allclose(before[:, 20], after[:, 20])
@@ -58,11 +58,11 @@ def test_packed_is_unpacked(model):
     """Documents side by side in a row give what each gives alone."""
     params, packed = params_of(model), tiny.batch(rows=2, documents=2)
     together = hidden(model, params, packed).hidden
-    for start in (0, 16):
-        alone = {name: x[:, start : start + 16] for name, x in packed.items()}
+    for start in (0, 32):
+        alone = {name: x[:, start : start + 32] for name, x in packed.items()}
         alone["segment_ids"] = np.ones_like(alone["segment_ids"])
         np.testing.assert_allclose(
-            together[:, start : start + 16], hidden(model, params, alone).hidden, rtol=2e-4, atol=2e-5
+            together[:, start : start + 32], hidden(model, params, alone).hidden, rtol=2e-4, atol=2e-5
         )
 
 
@@ -70,9 +70,9 @@ def test_cached_is_uncached(model):
     """In pieces through the cache, rows of different filling, and after a rollback."""
     params, batch = params_of(model), tiny.batch(rows=2)
     whole = hidden(model, params, batch).hidden
-    cache = model.empty_cache(batch=2, slots=32, precision=Precision())
+    cache = model.empty_cache(batch=2, slots=64, precision=Precision())
     found = []
-    for start in range(0, 32, 8):
+    for start in range(0, 64, 8):
         output = hidden(model, params, {name: x[:, start : start + 8] for name, x in batch.items()}, cache)
         cache = output.cache
         found.append(output.hidden)

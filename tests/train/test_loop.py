@@ -43,12 +43,12 @@ def test_a_run_leaves_metrics_provenance_checkpoint_and_result(finished):
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
     assert lines[0]["loss"] > lines[-2]["loss"]
     assert result["loss"] == lines[-1]["validation/loss"] and result["bits_per_byte"] > 0
-    assert result["tokens"] == 10 * 8 * 32 and result["status"] == "finished"
+    assert result["tokens"] == 10 * 8 * 64 and result["status"] == "finished"
     provenance = json.loads((directory / "provenance.jsonl").read_text().splitlines()[0])
     assert provenance["packages"]["jax"] == jax.__version__ and provenance["devices"]["platform"] == "cpu"
     assert {"commit", "diff", "mesh", "data"} <= set(provenance)
     assert provenance["data"]["corpus_hash"] and provenance["data"]["corpus_bytes"] > 0
-    assert checkpoint.steps(directory) == [10]  # keep_last is 1
+    assert checkpoint.steps(directory) == [5, 10]
 
 
 def test_tensorboard_holds_what_the_metrics_hold(finished):
@@ -150,6 +150,26 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(finished, tmp
     assert without_clock(metrics.read(tmp_path)) == without_clock(metrics.read(finished[0]))
 
 
+def test_a_signal_during_the_last_step_still_stops_the_caller(tmp_path, cache_dir):
+    experiment = tiny.experiment(steps=6, mesh=ONE)
+    interrupted_after(experiment, tmp_path, cache_dir, step=6)
+    assert loop.read_json(tmp_path / loop.RESULT)["status"] == "finished"
+
+
+def test_an_average_starts_from_loaded_weights(finished, tmp_path, cache_dir):
+    from research.core import sharding
+    from research.core.types import Context
+    from research.train.start import Program, first_state
+
+    experiment = tiny.experiment(steps=1, mesh=ONE, init=Init(checkpoint=str(finished[0])), ema=0.9)
+    mesh = sharding.make_mesh(ONE)
+    with jax.set_mesh(mesh):
+        stream = experiment.source.start(Context(mesh=mesh, seed=0, cache_dir=cache_dir))
+        state = first_state(Program(experiment, mesh), checkpoint.Checkpointer(tmp_path, experiment.checkpoint), stream)
+    for average, weight in zip(jax.tree.leaves(state.ema), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(average, weight)
+
+
 def test_checkpoints_kept(tmp_path, cache_dir):
     policy = CheckpointPolicy(every=2, keep_last=2, keep_every=4)
     run(tmp_path, cache_dir, checkpoint=policy, evals=())
@@ -181,7 +201,7 @@ def test_a_loss_that_is_not_a_number_stops_with_step_rate_and_last_good_checkpoi
 def test_a_corrupt_checkpoint_is_one_sentence(tmp_path, cache_dir, damage):
     experiment = tiny.experiment(steps=10, mesh=ONE, evals=())
     interrupted_after(experiment, tmp_path, cache_dir, step=6)
-    (last,) = checkpoint.steps(tmp_path)
+    *_, last = checkpoint.steps(tmp_path)
     folder = tmp_path / "checkpoints" / str(last) / "params"
     for path in [p for p in folder.rglob("*") if p.is_file()]:
         path.unlink() if damage == "missing" else path.write_bytes(os.urandom(path.stat().st_size))
@@ -193,7 +213,7 @@ def test_a_corrupt_checkpoint_is_one_sentence(tmp_path, cache_dir, damage):
 def test_a_half_written_checkpoint_is_not_taken_for_whole(tmp_path, cache_dir):
     experiment = tiny.experiment(steps=10, mesh=ONE, evals=())
     interrupted_after(experiment, tmp_path, cache_dir, step=6)
-    (last,) = checkpoint.steps(tmp_path)
+    *_, last = checkpoint.steps(tmp_path)
     half = tmp_path / "checkpoints" / f"{last + 1}.orbax-checkpoint-tmp"
     (half / "params").mkdir(parents=True)
     assert checkpoint.steps(tmp_path) == [last]
@@ -252,7 +272,7 @@ def test_training_reaches_the_entropy_of_its_source(tmp_path, cache_dir):
     """A model of a first-order chain comes down to the chain's own entropy, and not below it."""
     corpus = Synthetic(vocab_size=16, num_symbols=400_000)
     source = replace(tiny.experiment().source, corpus=corpus, batch_size=32, sequence_length=64)
-    evals = (replace(tiny.experiment().evals[0], source=source.validation(num_batches=8), num_batches=8),)
+    evals = (replace(tiny.experiment().evals[0], source=source.validation(num_batches=8)),)
     result = run(
         tmp_path,
         cache_dir,
