@@ -134,8 +134,8 @@ def test_the_core_imports_only_what_a_bare_accelerator_image_has():
 
 
 def test_the_step_does_not_load_what_it_does_not_need():
-    """Importing the step and the loop loads no TFDS, SentencePiece, Orbax, matplotlib, scipy or rich."""
-    heavy = ("tensorflow_datasets", "sentencepiece", "orbax", "matplotlib", "scipy.optimize", "rich", "tensorboardX")
+    """Importing the step and the loop loads no TFDS, SentencePiece, Orbax, matplotlib or scipy."""
+    heavy = ("tensorflow_datasets", "sentencepiece", "orbax", "matplotlib", "scipy.optimize", "tensorboardX")
     script = f"import sys; import research.train.loop; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -72,14 +72,22 @@ class Conclusion:
         return (*found, *self.remarks)
 
 
+CURVE_POINTS = 40
+
+
 def training_curves(table: Table, out: Path) -> dict[str, list[tuple[float, float]]]:
-    """Each run's training loss against the FLOPs spent so far, read from its folder below the study's."""
+    """Each run's training loss against the FLOPs spent so far, read from its folder below the study's.
+
+    A curve has at most ``CURVE_POINTS`` points, each the mean of as many steps: single steps are too noisy to see.
+    """
     found = {}
     for run in table:
         lines = metrics.read(Path(out) / run.name)
         points = [(line["flops"], line["loss"]) for line in lines if isinstance(line.get("loss"), float)]
+        size = -(-len(points) // CURVE_POINTS)
         if points:
-            found[run.name] = points
+            groups = [points[start : start + size] for start in range(0, len(points), size)]
+            found[run.name] = [(group[-1][0], sum(loss for _, loss in group) / len(group)) for group in groups]
     return found
 
 

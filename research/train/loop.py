@@ -52,6 +52,7 @@ def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, 
         return done_before
     mesh = sharding.make_mesh(experiment.mesh)
     sharding.check_batch(mesh, experiment.source.batch_size, experiment.accumulate)
+    peak = hardware.peak_flops(mesh, options.cache_dir)
     with jax.set_mesh(mesh):
         context = Context(mesh=mesh, seed=experiment.seed, cache_dir=options.cache_dir)
         stream = experiment.source.start(context)
@@ -66,7 +67,6 @@ def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, 
             state = first_state(program, checkpoints, stream)
             done = int(state.step)
             provenance.record(directory, mesh, step=done, extra={"data": stream.info})
-            peak = hardware.peak_flops(mesh, options.cache_dir)
             monitor = Monitor(
                 experiment, checkpoints, step=done, peak=peak, progress=options.progress, profile=options.profile
             )

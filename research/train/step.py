@@ -17,12 +17,8 @@ from research.train.state import TrainState
 Step = Callable[[TrainState, Mapping[str, Bound], Batch, Array], tuple[TrainState, Metrics]]
 
 
-def make_step(experiment: Experiment, tx: optax.GradientTransformation, *, platform: str) -> Step:
-    """step(state, frozen, batch, learning_rate) -> (state, metrics), to be jitted with the state donated.
-
-    Each loss term is divided by its weight summed over the whole global batch, so that microbatches and shards
-    add up to exactly the gradient of the whole.
-    """
+def make_gradient(experiment: Experiment, *, platform: str) -> Callable[..., tuple[Params, Loss]]:
+    """gradient(state, frozen, batch, key) -> (gradients, loss) over the whole global batch, in microbatches."""
     model, objective, microbatches = experiment.model, experiment.objective, experiment.accumulate
 
     def loss(params: Params, buffers: Params, frozen: Mapping[str, Bound], batch: Batch, key: Array) -> Loss:
@@ -34,7 +30,7 @@ def make_step(experiment: Experiment, tx: optax.GradientTransformation, *, platf
         frozen: Mapping[str, Bound],
         batch: Batch,
         key: Array,
-        weights: Mapping[str, Array] | None,
+        weights: Mapping[str, Array] | None = None,
     ) -> tuple[Params, Loss]:
         def scalar(params: Params) -> tuple[Array, Loss]:
             result = loss(params, state.buffers, frozen, batch, key)
@@ -60,7 +56,7 @@ def make_step(experiment: Experiment, tx: optax.GradientTransformation, *, platf
             return jax.tree.map(lambda a, b: a + jnp.asarray(b, a.dtype), total, part_sums), None
 
         first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(lambda: gradient(state, frozen, first, key, None))
+        shapes = jax.eval_shape(lambda: gradient(state, frozen, first, key))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
         no_weight = {name: jnp.zeros((), jnp.float32) for name in shapes[1].terms}
         weights, _ = jax.lax.scan(weigh, no_weight, (parts, keys))
@@ -71,14 +67,23 @@ def make_step(experiment: Experiment, tx: optax.GradientTransformation, *, platf
         gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.params)
         return gradients, result._replace(terms=terms)
 
+    return accumulated if microbatches > 1 else gradient
+
+
+def make_step(experiment: Experiment, tx: optax.GradientTransformation, *, platform: str) -> Step:
+    """step(state, frozen, batch, learning_rate) -> (state, metrics), to be jitted with the state donated.
+
+    Each loss term is divided by its weight summed over the whole global batch, so that microbatches and shards
+    add up to exactly the gradient of the whole.
+    """
+    model = experiment.model
+    gradient = make_gradient(experiment, platform=platform)
+
     def step(
         state: TrainState, frozen: Mapping[str, Bound], batch: Batch, learning_rate: Array
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        if microbatches == 1:
-            gradients, result = gradient(state, frozen, batch, key, None)
-        else:
-            gradients, result = accumulated(state, frozen, batch, key)
+        gradients, result = gradient(state, frozen, batch, key)
         directions, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = jax.tree.map(
             lambda p, d: (p - learning_rate * d.astype(jnp.float32)).astype(p.dtype), state.params, directions

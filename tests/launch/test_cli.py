@@ -126,7 +126,7 @@ def test_a_finished_study_whose_text_has_changed_is_refused(lab, tmp_path):
         "def sweep():\n"
         "    e = tiny.experiment(steps=2, mesh=MeshSpec(data=1), evals=())\n"
         f"    return {{'a': replace(e, source=replace(e.source, corpus=TextFolder({str(tmp_path / 'text')!r})))}}\n"
-        "def analyze(runs, out):\n    (out / 'said').write_text(runs.finished()[0].name)\n"
+        "def analyze(runs, out):\n    (out / 'said').write_text(next(iter(runs.finished())).name)\n"
     )
     code, _, err = lab("sweep", str(tmp_path / "own.py"))
     assert code == 0, err
@@ -204,6 +204,7 @@ def test_a_newer_jax_is_one_warning(monkeypatch, capsys):
     assert warning.count("\n") == 1 and "JAX 0.99.1 is newer than the tested 0.10" in warning
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_what_was_saved_stays(tmp_path, cache_dir):
     """Files may grow to 24 kB and no further: a checkpoint does not fit, the metrics so far do."""
     environment = {**os.environ, "LAB_CACHE": str(cache_dir), "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}

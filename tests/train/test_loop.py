@@ -216,7 +216,7 @@ def test_a_half_written_checkpoint_is_not_taken_for_whole(tmp_path, cache_dir):
     *_, last = checkpoint.steps(tmp_path)
     half = tmp_path / "checkpoints" / f"{last + 1}.orbax-checkpoint-tmp"
     (half / "params").mkdir(parents=True)
-    assert checkpoint.steps(tmp_path) == [last]
+    assert checkpoint.steps(tmp_path)[-1] == last
     assert run(tmp_path, cache_dir, experiment)["status"] == "finished"
 
 
@@ -236,6 +236,7 @@ def test_weights_from_another_run(finished, tmp_path, cache_dir):
         run(tmp_path / "wide", cache_dir, init=init, model=wide, evals=())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_mesh_goes_on_under_another(finished, tmp_path, cache_dir):
     experiment = tiny.experiment(steps=10, mesh=ONE)
     interrupted_after(experiment, tmp_path, cache_dir, step=5)
@@ -261,6 +262,7 @@ def test_what_cannot_run_is_one_sentence_before_anything_is_written(tmp_path, ca
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_profile_leaves_a_trace(tmp_path, cache_dir):
     experiment = tiny.experiment(steps=8, mesh=ONE, evals=())
     loop.run(experiment, tmp_path, loop.Options(cache_dir=cache_dir, profile=True))
