@@ -4,8 +4,10 @@
 Question:  Which model, trained on how many tokens, does the law of these runs recommend for ten times the
            largest budget? (Hoffmann et al. 2022, approaches 2 and 3, on the Python standard library's source.)
 Command:   lab sweep experiments/quickstart.py
-Hardware:  two CPU cores, four minutes.
-Expect:    about 1.85 bits per byte at the largest budget; held-out runs predicted within 3%.
+Hardware:  two CPU cores, five minutes.
+Expect:    on the text with the content hash b5d113dbea4700018f5ca73d (Python 3.11.7, 12,118,641 bytes): loss 2.352 nats
+           per token, 1.854 bits per byte for c1.3e12-n160k; L = 1.48 + 76.6 / params^.420 + 210 / tokens^.440;
+           the held-out runs of the largest budget predicted within 1%. Other Pythons have other text.
 """
 
 from dataclasses import replace
