@@ -65,6 +65,7 @@ def analyze(study: Study, directory: Path) -> None:
     write_csv(runs, directory / "table.csv")
     with told(study.reference):
         study.analyze(runs, directory)
+    say(f"results are in {directory}")
 
 
 def say(text: str) -> None:

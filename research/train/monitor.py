@@ -40,6 +40,9 @@ class Monitor:
         self.writer = MetricsWriter(checkpoints.directory, step=step)
         self._waiting: tuple[int, Metrics] | None = None
         self._seconds = self.writer.seconds
+        self._first = step + 1  # its time holds the compilation: it is a stretch of its own
+        self._stretch = [step, 0.0]  # steps done at the last line, and seconds of the steps since
+        self._speed: dict[str, Any] = {}
         self._profiled = range(step + PROFILED[0], step + PROFILED[1]) if profile else range(0)
         progress.start(experiment.name, total=experiment.steps, step=step)
         self._clock = time.perf_counter()
@@ -59,22 +62,27 @@ class Monitor:
     def _read(self, step: int, measured: Metrics) -> None:
         values = jax.device_get(measured)  # blocks until the step is done, so that its time is true
         now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        self._seconds += seconds
+        self._seconds += now - self._clock
+        self._stretch[1] += now - self._clock
+        self._clock = now
         experiment = self.experiment
-        rate = experiment.tokens_per_step / seconds
-        clock = {
-            "seconds": self._seconds,
-            "step_seconds": seconds,
-            "tokens_per_second": rate,
-            "peak_share": rate * experiment.flops_per_token / self.peak if self.peak else None,
-        }
         tokens = step * experiment.tokens_per_step
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(float(values[name]))]
-        if bad or step == 1 or step % experiment.log_every == 0 or step == experiment.steps:
-            line = {"tokens": tokens, "flops": tokens * experiment.flops_per_token, **values, **clock}
-            self.writer.write(step, line)
-        self.progress.update(step, {**values, **clock})
+        due = bool(bad) or step == 1 or step % experiment.log_every == 0 or step == experiment.steps
+        if due or step == self._first:
+            # over the steps since then: one short step alone would measure when this host looked
+            seconds = self._stretch[1] / (step - self._stretch[0])
+            self._stretch = [step, 0.0]
+            rate = experiment.tokens_per_step / seconds
+            self._speed = {
+                "step_seconds": seconds,
+                "tokens_per_second": rate,
+                "peak_share": rate * experiment.flops_per_token / self.peak if self.peak else None,
+            }
+        if due:
+            spent = {"tokens": tokens, "flops": tokens * experiment.flops_per_token}
+            self.writer.write(step, {**spent, **values, "seconds": self._seconds, **self._speed})
+        self.progress.update(step, {**values, **self._speed})
         if bad:
             raise self._diverged(step, bad[0], values)
 

@@ -116,6 +116,7 @@ def test_a_study_that_fails_is_one_sentence(lab, tmp_path, text, words):
     assert code == 2 and words in err and err.count("\n") == 1, err
 
 
+@pytest.mark.slow
 def test_a_finished_study_whose_text_has_changed_is_refused(lab, tmp_path):
     (tmp_path / "text").mkdir()
     for name in "abc":

@@ -116,6 +116,7 @@ def test_same_values_and_gradients_however_it_is_computed(change):
         assert gap < 1e-5, name
 
 
+@pytest.mark.slow
 def test_remat_recomputes():
     """More floating-point work in the compiled step, none of it in the forward pass."""
 

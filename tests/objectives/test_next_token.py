@@ -29,9 +29,7 @@ def mean_loss(params, model, batch, objective):
     return sum(c * v.mean for c, v in loss.terms.values()), loss
 
 
-@pytest.mark.parametrize(
-    ("head", "z_loss", "chunk"), [("tied", 1e-2, 100), ("untied", 0.0, 64), ("untied", 1e-2, 64), ("untied", 1e-2, 0)]
-)
+@pytest.mark.parametrize(("head", "z_loss", "chunk"), [("tied", 1e-2, 100), ("untied", 0.0, 64), ("untied", 1e-2, 0)])
 def test_chunked_is_plain_in_value_and_gradient(head, z_loss, chunk):
     model, batch = replace(tiny.MODEL, head=head, num_layers=1), tiny.batch(rows=4)
     params = model.init_params(jax.random.key(0), PRECISION)
@@ -45,6 +43,7 @@ def test_chunked_is_plain_in_value_and_gradient(head, z_loss, chunk):
     assert loss.metrics["cross_entropy"].weight == np.sum(batch["weights"])
 
 
+@pytest.mark.slow
 def test_without_a_gradient_the_value_is_the_same():
     batch = tiny.batch(rows=4)
     params = tiny.MODEL.init_params(jax.random.key(0), PRECISION)
