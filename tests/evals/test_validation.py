@@ -15,7 +15,8 @@ def test_means_are_over_all_batches_together(cache_dir):
     mesh = sharding.make_mesh(MeshSpec(data=1))
     with jax.set_mesh(mesh):
         context = Context(mesh=mesh, seed=0, cache_dir=cache_dir)
-        policy = tiny.MODEL.bind(tiny.MODEL.init_params(jax.random.key(0), Precision()), {}, Precision())
+        params = jax.jit(lambda: tiny.MODEL.init_params(jax.random.key(0), Precision()))()
+        policy = tiny.MODEL.bind(params, {}, Precision())
         found = validation.start(context)(policy, 1)
         nats = weight = size = 0.0
         stream = validation.source.start(context)

@@ -141,7 +141,7 @@ def without_clock(lines):
     return [{k: v for k, v in line.items() if k not in metrics.CLOCK_FIELDS} for line in lines]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(finished, tmp_path, cache_dir, signum):
     experiment = tiny.experiment(steps=10, mesh=ONE, checkpoint=CheckpointPolicy(every=0))
     stopped = interrupted_after(experiment, tmp_path, cache_dir, step=4, signum=signum)
@@ -220,6 +220,7 @@ def test_a_half_written_checkpoint_is_not_taken_for_whole(tmp_path, cache_dir):
     assert run(tmp_path, cache_dir, experiment)["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_weights_from_another_run(finished, tmp_path, cache_dir):
     """Weights alone start a new run at step 0 with another optimizer; everything goes on where the other stood."""
     init = Init(checkpoint=str(finished[0]))

@@ -170,6 +170,7 @@ class TwoTerms:
         return Loss({**loss.terms, "rows": Term(0.5, second)}, loss.metrics, {"rows": jnp.float32(rows)})
 
 
+@pytest.mark.slow
 def test_each_term_keeps_its_own_denominator():
     experiment = tiny.experiment(model=MODEL, objective=TwoTerms())
     wanted = whole_batch(experiment)
