@@ -51,7 +51,7 @@ def rope(x, tables):
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-# --- products: several of one input at once; the gradient stands finished before it is used ---------------
+# --- products: several of one input at once; their gradients stand side by side before they are used --------
 
 
 @jax.custom_vjp
@@ -66,7 +66,9 @@ def _cuts(weights):
 
 def _products_backward(saved, gradients):
     x, weights = saved
-    gradient = lax.optimization_barrier(jnp.concatenate(gradients, -1))
+    gradient = gradients[0]
+    if len(weights) > 1:
+        gradient = lax.optimization_barrier(jnp.concatenate(gradients, -1))
     d_x = lax.dot_general(gradient, jnp.concatenate(weights, 1), (((1,), (1,)), ((), ())))
     d_w = lax.dot_general(x, gradient, (((0,), (0,)), ((), ())))
     return d_x, tuple(jnp.split(d_w, _cuts(weights), 1))

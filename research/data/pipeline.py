@@ -7,6 +7,7 @@ that its devices hold, so the global batch is the same for any number of hosts.
 """
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -103,16 +104,22 @@ class TextSource:
 
     def prepare(self, cache_dir: Path) -> DataInfo:
         """Fills the cache with all that a run needs (tokenizer, both splits) and says what it is."""
-        cache_dir = Path(cache_dir)
+        return self._load(Path(cache_dir))[2]
+
+    def _load(self, cache_dir: Path) -> tuple[Tokenizer, dict[str, list[Tokens]], DataInfo]:
+        """The tokenizer, the tokens of each split for each of the corpora, and what they are."""
         tokenizer = self.tokenizer_for(cache_dir)
-        size = {}
-        for split in ("train", "validation"):
-            found = self._tokens(tokenizer, split, cache_dir)
-            size[split] = [
-                sum(getattr(t, name) for t in found) for name in ("num_bytes", "num_documents", "num_tokens")
+        tokens = {
+            split: [
+                tokenised(part, tokenizer=tokenizer, split=split, cache_dir=cache_dir) for part, _ in parts(self.corpus)
             ]
-        train, validation = size["train"], size["validation"]
-        return DataInfo(
+            for split in ("train", "validation")
+        }
+        train, validation = (
+            [sum(getattr(t, name) for t in found) for name in ("num_bytes", "num_documents", "num_tokens")]
+            for found in tokens.values()
+        )
+        info = DataInfo(
             corpus=type(self.corpus).__name__,
             corpus_hash=self.corpus.fingerprint(cache_dir),
             corpus_bytes=train[0] + validation[0],
@@ -126,18 +133,12 @@ class TextSource:
             tokenizer=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
         )
+        return tokenizer, tokens, info
 
     def start(self, context: Context) -> "TextStream":
         check_batch(context.mesh, self.batch_size)
-        cache_dir = Path(context.cache_dir)
-        tokenizer = self.tokenizer_for(cache_dir)
-        tokens = self._tokens(tokenizer, self.split, cache_dir)
-        return TextStream(self, context, tokenizer=tokenizer, tokens=tokens)
-
-    def _tokens(self, tokenizer: Tokenizer, split: str, cache_dir: Path) -> list[Tokens]:
-        return [
-            tokenised(part, tokenizer=tokenizer, split=split, cache_dir=cache_dir) for part, _ in parts(self.corpus)
-        ]
+        tokenizer, tokens, info = self._load(Path(context.cache_dir))
+        return TextStream(self, context, tokenizer=tokenizer, tokens=tokens[self.split], info=info)
 
 
 class TextStream:
@@ -150,7 +151,9 @@ class TextStream:
     num_batches: batches of a stream in order; None where the stream is endless.
     """
 
-    def __init__(self, source: TextSource, context: Context, *, tokenizer: Tokenizer, tokens: Sequence[Tokens]) -> None:
+    def __init__(
+        self, source: TextSource, context: Context, *, tokenizer: Tokenizer, tokens: Sequence[Tokens], info: DataInfo
+    ) -> None:
         self.source, self.tokenizer = source, tokenizer
         self._sharding = batch_sharding(context.mesh)
         self._shape = (source.batch_size, source.sequence_length)
@@ -166,15 +169,14 @@ class TextStream:
             )
             for number, part in enumerate(tokens)
         ]
-        self._index = _row_index(self._rows, self._weights, shuffle=source.shuffle, seed=seed)
+        self._seed = seed
         self.num_batches: int | None = None
-        self._num_rows = len(self._index)
         if not source.shuffle:
             wanted = source.num_batches * source.batch_size
-            self._num_rows = min(wanted or self._num_rows, self._num_rows)
+            self._num_rows = min(wanted or len(self._index), len(self._index))
             self.num_batches = -(-self._num_rows // source.batch_size)
         self._data = {
-            "corpus": source.corpus.fingerprint(context.cache_dir),
+            "corpus": info.corpus_hash,
             "tokenizer": tokenizer.fingerprint,
             "packing": name_of(
                 FORMAT,
@@ -189,11 +191,12 @@ class TextStream:
         # The state that this stream continues from: `row` rows had been drawn before `step`.
         self._origin = (0, 0)
         self._step = 0
-        self.info = dataclasses.asdict(source.prepare(context.cache_dir))
+        self.info = dataclasses.asdict(info)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         weakref.finalize(self, self._worker.shutdown, wait=False, cancel_futures=True)
         self._pending: tuple[int, Future] | None = None
         self._closed = False
+        self._worker.submit(getattr, self, "_index")  # meanwhile the run's program is compiled
 
     def next(self, policy: Any, step: int) -> Batch:
         """The global batch of ``step``; the policy is not looked at. The next step's is built meanwhile."""
@@ -262,6 +265,11 @@ class TextStream:
         """Ends the background thread; the stream still answers, without working ahead."""
         self._closed, self._pending = True, None
         self._worker.shutdown(wait=True, cancel_futures=True)
+
+    @functools.cached_property
+    def _index(self) -> Any:
+        """Made when first asked for: Grain takes a fifth of a second to import."""
+        return _row_index(self._rows, self._weights, shuffle=self.source.shuffle, seed=self._seed)
 
     def _row(self, step: int) -> int:
         origin_step, origin_row = self._origin

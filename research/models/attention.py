@@ -11,7 +11,7 @@ from research.core.sharding import constrain
 from research.core.types import Array, Precision, UserError
 from research.models import ops
 from research.models.cache import LayerCache, append
-from research.models.layers import Linear, WeightInit
+from research.models.layers import Linear, WeightInit, project
 from research.models.positions import rotate
 
 
@@ -84,15 +84,14 @@ class _Attention(nn.Module):
         config, d_model = self.config, self.d_model
         head_dim = config.width(d_model)
 
-        def project(name: str, heads: int, axis: str) -> Array:
-            init = self.weight_init.matrix(d_model)
-            axes = ("embed", axis, "head_dim")
-            layer = Linear((d_model,), (heads, head_dim), axes, init, self.precision, self.platform, name=name)
-            return constrain(layer(x_BTD), "batch", "sequence", "act_heads", None)
+        def head(name: str, heads: int, axis: str) -> Linear:
+            axes, init = ("embed", axis, "head_dim"), self.weight_init.matrix(d_model)
+            return Linear((d_model,), (heads, head_dim), axes, init, self.precision, self.platform, name=name)
 
-        q_BTNH = project("q", config.num_heads, "heads")
-        k_BTKH = project("k", config.kv_heads, "kv_heads")
-        v_BTKH = project("v", config.kv_heads, "kv_heads")
+        q = head("q", config.num_heads, "heads")
+        k, v = (head(name, config.kv_heads, "kv_heads") for name in "kv")
+        heads = [constrain(y, "batch", "sequence", "act_heads", None) for y in project(x_BTD, q, k, v)]
+        q_BTNH, k_BTKH, v_BTKH = heads[0] * head_dim**-0.5, *heads[1:]  # eq. 1's scale, fused with the rotation
         if tokens.rotary is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, tokens.rotary), rotate(k_BTKH, tokens.rotary)
         kv_positions, kv_segments = tokens.positions, tokens.segments

@@ -2,7 +2,7 @@
 """The decoder-only transformer: a frozen description, and the Flax module that it builds."""
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -77,7 +77,8 @@ class Decoder:
     def init_boxed(self, key: Array, precision: Precision) -> Any:
         dummy = jnp.zeros((1, 1), jnp.int32)
         batch = {"tokens": dummy, "positions": dummy, "segment_ids": dummy + 1}
-        variables = self.build(precision).init(key, batch, method="initialise")
+        scanned = replace(self, layers="scanned")  # the same draws; unrolled they take seconds to compile
+        variables = scanned.build(precision).init(key, batch, method="initialise")
         return variables["params"]
 
     def init_params(self, key: Array, precision: Precision) -> Params:
@@ -95,12 +96,12 @@ class Decoder:
 
     def shapes(self, precision: Precision) -> Params:
         """The parameter tree as shapes."""
-        return jax.eval_shape(functools.partial(self.init_params, precision=precision), jax.random.key(0))
+        return nn.meta.unbox(_boxed_shapes(self, precision))
 
     def logical_axes(self) -> Any:
         """A tree like the parameters, with a tuple of logical axis names for each."""
-        boxed = jax.eval_shape(functools.partial(self.init_boxed, precision=Precision()), jax.random.key(0))
-        return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+        is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)  # noqa: E731
+        return jax.tree.map(lambda box: tuple(box.names), _boxed_shapes(self, Precision()), is_leaf=is_box)
 
     def bind(self, params: Params, buffers: Params, precision: Precision, *, platform: str = "cpu") -> Bound:
         return Bound(params, buffers, self.build(precision, platform=platform))
@@ -114,6 +115,12 @@ class Decoder:
             head_dim=self.attention.width(self.d_model),
             dtype=precision.compute,
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _boxed_shapes(model: Decoder, precision: Precision) -> Any:
+    """The parameters' shapes with their logical axes: tracing them takes a tenth of a second, and many ask."""
+    return jax.eval_shape(functools.partial(model.init_boxed, precision=precision), jax.random.key(0))
 
 
 class _Decoder(nn.Module):

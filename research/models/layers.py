@@ -67,11 +67,19 @@ class Linear(nn.Module):
     precision: Precision
     platform: str = "cpu"
 
-    @nn.compact
+    def setup(self) -> None:
+        self.w = param(self, "w", self.initializer, self.in_shape + self.out_shape, self.axes, self.precision.params)
+
     def __call__(self, x: Array) -> Array:
-        w = param(self, "w", self.initializer, self.in_shape + self.out_shape, self.axes, self.precision.params)
-        dtype = jnp.dtype(self.precision.compute)
-        return ops.linear(x.astype(dtype), w.astype(dtype), contract=len(self.in_shape), platform=self.platform)
+        return project(x, self)[0]
+
+
+def project(x: Array, *layers: Linear) -> list[Array]:
+    """What each of several layers of one kind makes of one input, together (``ops.linear``)."""
+    first = layers[0]
+    dtype = jnp.dtype(first.precision.compute)
+    weights = [layer.w.astype(dtype) for layer in layers]
+    return list(ops.linear(x.astype(dtype), *weights, contract=len(first.in_shape), platform=first.platform))
 
 
 @dataclass(frozen=True)

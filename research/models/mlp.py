@@ -9,10 +9,10 @@ import jax
 
 from research.core.sharding import constrain
 from research.core.types import Array, Precision
-from research.models.layers import Linear, WeightInit
+from research.models.layers import Linear, WeightInit, project
 
-GATES = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}
-PLAIN = {"gelu": jax.nn.gelu, "relu": jax.nn.relu}
+GATED = ("swiglu", "geglu")
+ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Mlp:
 
     @property
     def gated(self) -> bool:
-        return self.activation in GATES
+        return self.activation in GATED
 
     def build(
         self, d_model: int, num_layers: int, weight_init: WeightInit, precision: Precision, platform: str
@@ -44,15 +44,14 @@ class _Mlp(nn.Module):
     def __call__(self, x_BTD: Array) -> Array:
         d_model, d_ff = self.d_model, self.config.d_ff
 
-        def up(name: str) -> Array:
+        def up(name: str) -> Linear:
             init = self.weight_init.matrix(d_model)
-            layer = Linear((d_model,), (d_ff,), ("embed", "mlp"), init, self.precision, self.platform, name=name)
-            return constrain(layer(x_BTD), "batch", "sequence", "act_mlp")
+            return Linear((d_model,), (d_ff,), ("embed", "mlp"), init, self.precision, self.platform, name=name)
 
-        if self.config.gated:
-            hidden_BTF = GATES[self.config.activation](up("gate")) * up("up")
-        else:
-            hidden_BTF = PLAIN[self.config.activation](up("up"))
+        names = ("gate", "up") if self.config.gated else ("up",)
+        inner = [constrain(y, "batch", "sequence", "act_mlp") for y in project(x_BTD, *map(up, names))]
+        activation = ACTIVATIONS[self.config.activation]
+        hidden_BTF = activation(inner[0]) * inner[1] if self.config.gated else activation(inner[0])
         init = self.weight_init.matrix(d_ff, residual_layers=self.num_layers)
         down = Linear((d_ff,), (d_model,), ("mlp", "embed"), init, self.precision, self.platform, name="down")
         return down(hidden_BTF)

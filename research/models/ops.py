@@ -5,6 +5,7 @@
 leaves out the keys that no query of the block may see, which on a CPU takes about half the time.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,39 +35,48 @@ class Visibility:
     window: int = 0
 
 
-def linear(x: Array, w: Array, *, contract: int = 1, platform: str = "cpu") -> Array:
-    """x [..., *in] times w [*in, *out], contracting the last ``contract`` dimensions of x.
+def linear(x: Array, *weights: Array, contract: int = 1, platform: str = "cpu") -> tuple[Array, ...]:
+    """x [..., *in] times each of weights [*in, *out], contracting the last ``contract`` dimensions of x.
 
-    On a CPU as a product of two matrices: contracting the leading dimensions of x apart, as the gradient of w
-    does, is a third slower there.
+    On a CPU as one product of two matrices, the weights side by side: contracting the leading dimensions of x
+    apart, as the gradient of a weight does, is a third slower there, and every product more reads x once more.
     """
     if platform != "cpu":
         dims = tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))
-        return jax.lax.dot_general(x, w, (dims, ((), ())))
-    leading, width = x.shape[: x.ndim - contract], math.prod(w.shape[:contract])
-    rows, matrix = x.reshape(-1, width), w.reshape(width, -1)
-    y = _wide_product(rows, matrix) if rows.shape[0] < matrix.shape[1] else _product(rows, matrix)
-    return y.reshape(*leading, *w.shape[contract:])
+        return tuple(jax.lax.dot_general(x, w, (dims, ((), ()))) for w in weights)
+    leading, width = x.shape[: x.ndim - contract], math.prod(x.shape[x.ndim - contract :])
+    outputs = _products(x.reshape(-1, width), tuple(w.reshape(width, -1) for w in weights))
+    return tuple(y.reshape(*leading, *w.shape[contract:]) for y, w in zip(outputs, weights, strict=True))
 
 
-def _product(x: Array, w: Array) -> Array:
-    return jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())))
+def _split(x: Array, like: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The columns of x, as many for each as the matrices of ``like`` have."""
+    ends = list(itertools.accumulate(w.shape[1] for w in like))
+    return tuple(jnp.split(x, ends[:-1], axis=1))
 
 
 @jax.custom_vjp
-def _wide_product(x: Array, w: Array) -> Array:
-    """x [n, in] times w [in, out] where n < out: the gradient of w transposes x first, which costs less than
-    a product with its long side transposed."""
-    return _product(x, w)
+def _products(x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
+    """x [n, in] times each of weights [in, out]."""
+    return _split(jax.lax.dot_general(x, jnp.concatenate(weights, 1), (((1,), (0,)), ((), ()))), weights)
 
 
-def _wide_product_backward(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
-    x, w = saved
-    d_x = jax.lax.dot_general(d_y, w, (((1,), (1,)), ((), ())))
-    return d_x, _product(jax.lax.optimization_barrier(x.T), d_y)
+def _products_backward(
+    saved: tuple[Array, tuple[Array, ...]], d_outputs: tuple[Array, ...]
+) -> tuple[Array, tuple[Array, ...]]:
+    x, weights = saved
+    d_y = d_outputs[0]
+    if len(weights) > 1:  # the barrier: else each of the two products below would put them side by side again
+        d_y = jax.lax.optimization_barrier(jnp.concatenate(d_outputs, 1))
+    d_x = jax.lax.dot_general(d_y, jnp.concatenate(weights, 1), (((1,), (1,)), ((), ())))
+    if x.shape[0] < d_y.shape[1]:  # transposing x first costs less than a product with its long side transposed
+        d_w = jax.lax.dot_general(jax.lax.optimization_barrier(x.T), d_y, (((1,), (0,)), ((), ())))
+    else:
+        d_w = jax.lax.dot_general(x, d_y, (((0,), (0,)), ((), ())))
+    return d_x, _split(d_w, weights)
 
 
-_wide_product.defvjp(lambda x, w: (_product(x, w), (x, w)), _wide_product_backward)
+_products.defvjp(lambda x, weights: (_products(x, weights), (x, weights)), _products_backward)
 
 
 def mask_BTS(
@@ -99,17 +109,16 @@ def attention(
 ) -> Array:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with grouped kv heads (Ainslie et al. 2023).
 
-    q [B, T, N, H], k and v [B, S, K, H] with N a multiple of K -> [B, T, N, H] in q's dtype; softmax in
-    float32. positions and segments [B, T] and [B, S] decide what is seen (``Visibility``); ``bias`` maps
-    query and key positions to [B, N, T, S] added to the scores. ``aligned`` promises packed training rows:
-    slot t of the queries and of the keys is the same token, and positions count the slots since the
-    segment began. Only then may blocks of keys be left out ("blocked" else falls back to "plain").
+    q [B, T, N, H], already multiplied by the scale (1/sqrt(H) in eq. 1), k and v [B, S, K, H] with N a multiple
+    of K -> [B, T, N, H] in q's dtype; softmax in float32. positions and segments [B, T] and [B, S] decide what
+    is seen (``Visibility``); ``bias`` maps query and key positions to [B, N, T, S] added to the scores.
+    ``aligned`` promises packed training rows: slot t of the queries and of the keys is the same token, and
+    positions count the slots since the segment began. Only then may blocks of keys be left out ("blocked" else falls back to "plain").
     """
     if bias is not None and implementation == "blocked":
         raise UserError("Blocked attention takes no bias: choose attention.implementation=plain, or auto.")
     fits = aligned and bias is None and visibility.kind == "causal" and q_BTNH.shape[1] % BLOCKS == 0
     wanted = implementation == "blocked" or (implementation == "auto" and platform == "cpu")
-    q_BTNH = q_BTNH / math.sqrt(q_BTNH.shape[-1])
     if wanted and fits and q_BTNH.shape[1] >= BLOCKS * SMALLEST_BLOCK:
         return blocked_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, window=visibility.window, blocks=BLOCKS)
     mask = mask_BTS(

@@ -38,7 +38,10 @@ class Program:
 
     def fresh(self) -> TrainState:
         """The state of the experiment's seed, made where it will lie."""
-        return jax.jit(functools.partial(state.fresh, self.experiment, self.tx), out_shardings=self.layout)()
+        draw = functools.partial(state.fresh, self.experiment, self.tx)
+        # it runs once: on a CPU compiling it takes longer than running it
+        options = {"xla_backend_optimization_level": 1} if self.platform == "cpu" else None
+        return jax.jit(draw, out_shardings=self.layout, compiler_options=options)()
 
     def load(self, init: Init) -> Bound:
         """A frozen model with its parameters from a checkpoint."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training state: one pytree, laid out over the mesh by logical axes."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -38,13 +39,17 @@ def fresh(experiment: Experiment, tx: optax.GradientTransformation) -> TrainStat
     """The state before the first step; a pure function of the experiment's seed, on any mesh."""
     init_key, train_key = jax.random.split(jax.random.key(experiment.seed))
     params = experiment.model.init_params(init_key, experiment.precision)
+    return _begin(experiment, tx, params, jax.random.key_data(train_key))
+
+
+def _begin(experiment: Experiment, tx: optax.GradientTransformation, params: Params, key: Array) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         buffers=experiment.model.init_buffers(),
         opt_state=tx.init(params),
         ema=jax.tree.map(jnp.copy, params) if experiment.ema else None,
-        key=jax.random.key_data(train_key),
+        key=key,
     )
 
 
@@ -52,7 +57,10 @@ def shapes_and_shardings(
     experiment: Experiment, tx: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[TrainState, Any]:
     """The state's shapes, and a TrainState of where each of its arrays lies on the mesh."""
-    shapes = jax.eval_shape(lambda: fresh(experiment, tx))
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    shapes = jax.eval_shape(
+        functools.partial(_begin, experiment, tx), experiment.model.shapes(experiment.precision), key
+    )
     params = sharding.tree_shardings(mesh, shapes.params, experiment.model.logical_axes())
     everywhere = sharding.replicated(mesh)
     layout: Any = dict(

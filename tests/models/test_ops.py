@@ -40,7 +40,7 @@ def by_hand(q, k, v, *, q_positions, kv_positions, q_segments, kv_segments, wind
             and (not window or q_positions[b, t] - kv_positions[b, s] < window)
         ]
         if seen:
-            scores = k[b, seen, n // group] @ q[b, t, n] / np.sqrt(q.shape[-1])
+            scores = k[b, seen, n // group] @ q[b, t, n]
             weights = np.exp(scores - scores.max())
             out[b, t, n] = weights / weights.sum() @ v[b, seen, n // group]
     return out
