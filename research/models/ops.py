@@ -110,10 +110,11 @@ def attention(
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with grouped kv heads (Ainslie et al. 2023).
 
     q [B, T, N, H], already multiplied by the scale (1/sqrt(H) in eq. 1), k and v [B, S, K, H] with N a multiple
-    of K -> [B, T, N, H] in q's dtype; softmax in float32. positions and segments [B, T] and [B, S] decide what
-    is seen (``Visibility``); ``bias`` maps query and key positions to [B, N, T, S] added to the scores.
-    ``aligned`` promises packed training rows: slot t of the queries and of the keys is the same token, and
-    positions count the slots since the segment began. Only then may blocks of keys be left out ("blocked" else falls back to "plain").
+    of K -> [B, T, N, H] in q's dtype; softmax in float32. positions and segments [B, T] and [B, S] decide what is
+    seen (``Visibility``); ``bias`` maps query and key positions to [B, N, T, S] added to the scores. ``aligned``
+    promises packed training rows: slot t of the queries and of the keys is the same token, and positions count
+    the slots since the segment began. Only then may blocks of keys be left out ("blocked" else falls back to
+    "plain").
     """
     if bias is not None and implementation == "blocked":
         raise UserError("Blocked attention takes no bias: choose attention.implementation=plain, or auto.")
