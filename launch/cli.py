@@ -12,6 +12,7 @@ from typing import Any
 from launch import host
 
 TESTED_JAX = (0, 10)
+TEXT_FILES = "**/*.txt"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -107,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("corpus", help="stdlib, a folder of text files, or a .jsonl file with a text field")
     sub.add_argument("--kind", choices=("bpe", "unigram"), default="bpe")
     sub.add_argument("--vocab-size", type=int, default=8192)
+    sub.add_argument("--pattern", default=TEXT_FILES, help=f"which files of a folder (default: {TEXT_FILES})")
     sub.add_argument("--text-field", default="text", help="the field of a .jsonl file that holds the text")
     return top
 
@@ -121,8 +123,11 @@ def run(options: argparse.Namespace) -> int:
     study = load_study(options)
     experiment = study.only(options.only)
     from launch import local
+    from launch.sweep import check_corpus
 
-    result = local.run(experiment, options.runs / study.name / options.only, profile=options.profile)
+    directory = options.runs / study.name / options.only
+    check_corpus(experiment, directory)
+    result = local.run(experiment, directory, profile=options.profile)
     bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] is not None else ""
     print(f"{options.only}: loss {result['loss']:.4f} nats per token{bits}, {result['seconds']:.0f} s")
     return 0
@@ -182,7 +187,11 @@ def train_tokenizer(options: argparse.Namespace) -> int:
 
     print(
         samples.tokenizer(
-            options.corpus, kind=options.kind, vocab_size=options.vocab_size, text_field=options.text_field
+            options.corpus,
+            kind=options.kind,
+            vocab_size=options.vocab_size,
+            pattern=options.pattern,
+            text_field=options.text_field,
         )
     )
     return 0

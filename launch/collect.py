@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import Any
 
-from launch.local import FAILURE
+from launch.local import FAILURE, is_locked
 from launch.study import Study
 from research.scaling import cost
 from research.scaling.table import Run, Status, Table
@@ -13,14 +13,16 @@ from research.train.experiment import Experiment
 
 
 def status(experiment: Experiment, directory: Path) -> tuple[Status, dict[str, Any]]:
-    """What is known of a run: finished, diverged, failed, running (begun, not finished) or missing."""
+    """What is known of a run: finished, diverged, failed, running (a process is at it), interrupted or missing."""
     result = loop.read_json(directory / loop.RESULT)
     if result is not None and result.get("hash") == experiment.hash:
         return "finished", result
     failure = loop.read_json(directory / FAILURE)
     if failure is not None:
         return failure.get("status", "failed"), {}
-    return ("running" if (directory / metrics.FILE).exists() else "missing"), {}
+    if not (directory / metrics.FILE).exists():
+        return "missing", {}
+    return ("running" if is_locked(directory) else "interrupted"), {}
 
 
 def table(study: Study, directory: Path) -> Table:

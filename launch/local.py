@@ -15,7 +15,7 @@ from research.train import loop, progress
 from research.train.experiment import Experiment
 from research.train.monitor import Diverged
 
-FAILURE = "failure.json"
+FAILURE, LOCK = "failure.json", ".lock"
 
 
 def cache_dir() -> Path:
@@ -48,11 +48,23 @@ def run(experiment: Experiment, directory: Path, *, profile: bool = False) -> di
             raise
 
 
+def is_locked(directory: Path) -> bool:
+    """Whether a process is running it now."""
+    try:
+        with (directory / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Keeps a second process away from a run. The lock goes with the process, however it ends."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as file:
+    with (directory / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

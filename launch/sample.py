@@ -41,19 +41,19 @@ def sample(run: Path, *, prompt: str, tokens: int, temperature: float, seed: int
     return prompt + tokenizer.decode(added)
 
 
-def corpus_of(name: str, *, text_field: str) -> Corpus:
+def corpus_of(name: str, *, pattern: str, text_field: str) -> Corpus:
     """The corpus meant on the command line. Raises UserError where there is none."""
     if name == "stdlib":
         return Stdlib()
     path = Path(name)
     if not path.exists():
         raise UserError(f"There is no corpus {name}: give stdlib, a folder of text files, or a .jsonl file.")
-    return Jsonl(name, text_field=text_field) if path.suffix == ".jsonl" else TextFolder(name)
+    return Jsonl(name, text_field=text_field) if path.suffix == ".jsonl" else TextFolder(name, pattern=pattern)
 
 
-def tokenizer(corpus_name: str, *, kind: str, vocab_size: int, text_field: str) -> str:
+def tokenizer(corpus_name: str, *, kind: str, vocab_size: int, pattern: str, text_field: str) -> str:
     """Trains a tokenizer, or finds it trained, and says where it lies and how far it compresses."""
-    corpus, cache = corpus_of(corpus_name, text_field=text_field), local.cache_dir()
+    corpus, cache = corpus_of(corpus_name, pattern=pattern, text_field=text_field), local.cache_dir()
     spec = SentencePiece(vocab_size=vocab_size, kind="unigram" if kind == "unigram" else "bpe")
     trained = train_tokenizer(spec, corpus, cache_dir=cache)
     bytes_in = tokens_out = 0

@@ -12,12 +12,14 @@ from research.core.types import UserError
 from research.data.pipeline import TextSource
 from research.scaling.table import write_csv
 from research.train.checkpoint import brief
+from research.train.experiment import Experiment, Flops
 
 
 def sweep(study: Study, directory: Path) -> int:
     """Runs every unfinished experiment; one that fails does not stop the others. Returns the exit code."""
     names = sorted(study.experiments, key=lambda name: study.experiments[name].flops)
-    check_corpora(study, directory)
+    for name in names:
+        check_corpus(study.experiments[name], directory / name)
     begun, failed = time.monotonic(), []
     for position, name in enumerate(names, start=1):
         experiment = study.experiments[name]
@@ -25,7 +27,8 @@ def sweep(study: Study, directory: Path) -> int:
         if state == "finished":
             say(f"[{position}/{len(names)}] {name}: finished before")
             continue
-        say(f"[{position}/{len(names)}] {name}: {experiment.steps} steps, {experiment.flops:.3g} FLOPs")
+        size = f"{experiment.steps} steps, {experiment.flops:.3g} FLOPs{off_length(experiment)}"
+        say(f"[{position}/{len(names)}] {name}: {size}")
         try:
             local.run(experiment, directory / name)
         except UserError as error:
@@ -42,18 +45,25 @@ def sweep(study: Study, directory: Path) -> int:
     return 1 if failed else 0
 
 
-def check_corpora(study: Study, directory: Path) -> None:
+def check_corpus(experiment: Experiment, directory: Path) -> None:
     """Raises UserError where a finished run was trained on text that has changed since: a law needs one text."""
-    for name, experiment in study.experiments.items():
-        _, result = collect.status(experiment, directory / name)
-        before = result.get("data", {}).get("corpus_hash")
-        if before is not None and isinstance(experiment.source, TextSource):
-            now = experiment.source.corpus.fingerprint(local.cache_dir())
-            if now != before:
-                raise UserError(
-                    f"{directory / name} was trained on text with the content hash {before}, which is now {now}: "
-                    f"put the text back, or remove {directory} to run the study on the new text."
-                )
+    _, result = collect.status(experiment, directory)
+    before = result.get("data", {}).get("corpus_hash")
+    if before is not None and isinstance(experiment.source, TextSource):
+        now = experiment.source.corpus.fingerprint(local.cache_dir())
+        if now != before:
+            raise UserError(
+                f"{directory} was trained on text with the content hash {before}, which is now {now}: put the text "
+                f"back, or remove {directory.parent} to run the study on the new text."
+            )
+
+
+def off_length(experiment: Experiment) -> str:
+    """Says so where whole steps miss the experiment's length in FLOPs by more than a ladder allows."""
+    if not isinstance(experiment.length, Flops):
+        return ""
+    off = experiment.flops / experiment.length.count - 1
+    return f" ({off:+.1%} against its length of {experiment.length.count:.3g})" if abs(off) > 0.01 else ""
 
 
 def analyze(study: Study, directory: Path) -> None:

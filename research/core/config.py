@@ -137,7 +137,12 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             inner = f"{path}.{key}" if path else key
             found += differences(old.get(key, "(default)"), new.get(key, "(default)"), inner)
         return found
-    return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
+    return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:80]} ... {text[-36:]}"
 
 
 # --- overrides ----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 
 The held-out test leaves the largest budget out of the fit and predicts its runs. Its standard: every
 held-out run is predicted within 3% of its loss, and the best of them within a third of the error of carrying
-the previous budget's best loss forward.
+the previous budget's best loss forward, by a law whose numbers the runs determine.
 """
 
 import math
@@ -93,7 +93,8 @@ class HeldOut:
 
     @property
     def passed(self) -> bool:
-        return self.largest_relative_error <= WITHIN and self.ratio <= SHARE_OF_CARRYING
+        near = self.largest_relative_error <= WITHIN and self.ratio <= SHARE_OF_CARRYING
+        return near and self.fit.convergence.converged and not self.fit.not_identified
 
     @property
     def sentence(self) -> str:
@@ -104,7 +105,8 @@ class HeldOut:
             f"the standard) and the best of them ({best.name}: {best.measured:.4f}) as "
             f"{best.predicted:.4f}, an error {self.ratio:.2f} times that of carrying the previous budget's "
             f"best loss ({self.carried_loss:.4f}) forward (a third is the standard): the test is "
-            f"{'passed' if self.passed else 'NOT passed'}."
+            f"{'passed' if self.passed else 'NOT passed'}"
+            f"{', because these runs do not tell all of the law' if self.fit.not_identified else ''}."
         )
 
 
@@ -147,6 +149,7 @@ def _recommendation(
     )
     if reach > 1.01:
         sentence += f"; this extrapolates {reach:.3g}x beyond the runs"
+        sentence += "" if source == "law" else ", by a power law for the loss that has no floor"
     return Recommendation(flops, params, tokens, loss, reach, source, sentence + ".")
 
 

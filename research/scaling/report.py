@@ -34,6 +34,10 @@ CONVENTIONS = {
         "attention over the full square of positions and the output head included; embedding look-ups, "
         "norms, softmax, activations and recomputation not (research/scaling/cost.py)"
     ),
+    "exponents": (
+        "of the optimum where FLOPs are proportional to params x tokens: beta / (alpha + beta) and alpha / (alpha + "
+        "beta); the pictures and recommendations go by the models' exact FLOPs"
+    ),
     "tokens": "training tokens: steps x rows x sequence length",
     "budget": "runs whose FLOPs lie within 5% of one another share a budget",
 }

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from research.core.types import UserError
 
-Status = Literal["finished", "running", "failed", "diverged", "missing"]
+Status = Literal["finished", "running", "interrupted", "failed", "diverged", "missing"]
 STATUSES: tuple[str, ...] = typing.get_args(Status)
 ParameterCount = Literal["total", "non_embedding"]
 

@@ -133,8 +133,9 @@ def test_a_finished_study_whose_text_has_changed_is_refused(lab, tmp_path):
     assert code == 0, err
     assert lab("analyze", str(tmp_path / "own.py"))[0] == 0 and list((tmp_path / "runs").rglob("said"))
     (tmp_path / "text" / "a.txt").write_text("quite another\n" * 500)
-    code, _, err = lab("sweep", str(tmp_path / "own.py"))
-    assert code == 2 and "content hash" in err and err.count("\n") == 1
+    for command in (["sweep", str(tmp_path / "own.py")], ["run", str(tmp_path / "own.py"), "--only", "a"]):
+        code, _, err = lab(*command)
+        assert code == 2 and "content hash" in err and err.count("\n") == 1
 
 
 def test_an_empty_document_set(lab, tmp_path):
@@ -170,9 +171,13 @@ def test_a_diverged_run_is_marked_and_does_not_stop_the_sweep(lab):
 def test_two_processes_do_not_run_one_experiment(lab, tmp_path):
     from launch import local
 
-    with local.locked(tmp_path / "runs" / "tiny_study" / "tiny"):
+    folder = tmp_path / "runs" / "tiny_study" / "tiny"
+    with local.locked(folder):
+        (folder / "metrics.jsonl").touch()
         code, _, err = lab("run", STUDY, "--only", "tiny")
+        assert "running" in lab("list", STUDY)[1]
     assert code == 2 and "Another process is running" in err
+    assert "interrupted" in lab("list", STUDY)[1]
 
 
 def test_tokenizer_train_is_cached(lab, tmp_path):

@@ -3,6 +3,7 @@
 tables."""
 
 import math
+import typing
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.core.types import UserError
-from research.scaling.table import Run, Table, read_csv, write_atomically, write_csv
+from research.scaling.table import Run, Status, Table, read_csv, write_atomically, write_csv
 
 RUN = Run("a", 100, 50, 2000, 1.2e6, 3.5, 2.1, "finished", 12.5, 1000, "abc")
 HEADER = "name,params,non_embedding_params,tokens,flops,loss,bits_per_byte,status,seconds"
@@ -37,7 +38,7 @@ def test_columns_stand_in_the_promised_order(tmp_path):
             flops=st.floats(1.0, 1e30),
             loss=NUMBERS,
             bits_per_byte=NUMBERS,
-            status=st.sampled_from(["finished", "running", "failed", "diverged", "missing"]),
+            status=st.sampled_from(list(typing.get_args(Status))),
             seconds=NUMBERS,
             corpus_bytes=st.none() | st.integers(0, 10**12),
             corpus_hash=st.none() | st.just("0123abcd"),
@@ -99,7 +100,7 @@ def test_finished_and_excluded_give_reasons():
         (f"{HEADER}\na,,50,2000,1e6,3.5,,finished,\n", "line 2: the params is empty"),
         (
             f"{HEADER}\na,1,50,2000,1e6,3.5,,done,\n",
-            "must be one of finished, running, failed, diverged, missing",
+            "must be one of finished, running, interrupted, failed, diverged, missing",
         ),
         (
             f"{HEADER}\na,1,1,1,1,1,,finished,\na,1,1,1,1,1,,finished,\n",
