@@ -22,6 +22,7 @@ from research.scaling.table import ParameterCount, Run
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]  # run's name -> [(training FLOPs, loss in nats per token), ...]
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
+MINIMUM = {"color": VERMILION, "markerfacecolor": "none", "markeredgewidth": 1.6}  # hollow: it may lie upon a run
 MOST_NAMED = 10  # budgets in a legend
 MARKERS = "osD^vP*X<>"
 STYLE = {
@@ -126,9 +127,9 @@ def isoflop_curves(axes: Any, *, found: IsoFlop, parameters: ParameterCount = "t
             x = np.geomspace(curve.sizes[0], curve.sizes[-1], 100)
             axes.plot(x, curve(x), "-" if curve.bracketed else ":", color=colour, linewidth=1.3, alpha=0.85)
         if curve.bracketed:
-            _star(axes, curve)
+            axes.plot([curve.params], [curve.loss], "*", **MINIMUM, markersize=14, zorder=4)
     if found.bracketed:
-        axes.plot([], [], "*", color=VERMILION, markersize=11, markeredgecolor="white", label="minimum")
+        axes.plot([], [], "*", **MINIMUM, markersize=11, label="minimum")
     axes.set_xscale("log")
     _log_loss(axes, [loss for curve in found.curves for loss in curve.losses])
     axes.set(xlabel=_size_label(parameters), ylabel="validation loss (nats per token)")
@@ -161,9 +162,8 @@ def optimal_size(
         [c.flops for c in inside],
         [c.params for c in inside],
         "*",
-        color=VERMILION,
+        **MINIMUM,
         markersize=12,
-        markeredgecolor="white",
         zorder=3,
         label="IsoFLOP minimum",
     )
@@ -239,11 +239,6 @@ def _frontier(fit: Fit, grid: np.ndarray, flops_per_token: FlopsPerToken) -> lis
         except UserError:
             return []
     return found
-
-
-def _star(axes: Any, curve: Curve) -> None:
-    style = {"markersize": 13, "markeredgecolor": "white", "zorder": 4}
-    axes.plot([curve.params], [curve.loss], "*", color=VERMILION, **style)
 
 
 def _ordered(count: int) -> list[Any]:
