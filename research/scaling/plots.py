@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from research.scaling.fit import Fit
-from research.scaling.isoflop import Curve, IsoFlop, by_budget
+from research.scaling.isoflop import IsoFlop, by_budget
 from research.scaling.ladder import short_count
 from research.scaling.laws import FlopsPerToken, optimum
 from research.scaling.recommend import HeldOut
