@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a device can do at most, to say what share of it a run uses."""
 
+import contextlib
 import json
+import math
 import os
 import platform
 import time
@@ -17,9 +19,11 @@ from jax.sharding import Mesh
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
     "TPU v5": 459e12,
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
@@ -43,15 +47,16 @@ def cpu_matmul_rate(device: Any, cache_dir: Path) -> float:
     """
     host = f"{platform.node()}-{platform.machine()}-{os.cpu_count()}-jax{jax.__version__}"
     path = cache_dir / f"matmul-rate-{host}.json"
-    try:
-        return float(json.loads(path.read_text())["flops_per_second"])
-    except (OSError, ValueError, KeyError):
-        rate = measure_matmul_rate(device)
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        remembered = float(json.loads(path.read_text())["flops_per_second"])
+        if 0 < remembered < math.inf:
+            return remembered
+    rate = measure_matmul_rate(device)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs a measurement, not the run
         cache_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"flops_per_second": rate}))
-    except OSError:
-        pass  # a cache that cannot be written costs a measurement, not the run
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({"flops_per_second": rate}))
+        os.replace(temporary, path)
     return rate
 
 

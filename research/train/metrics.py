@@ -77,6 +77,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
+        if self._pending:  # a run that had nothing left to do
+            self._to_board()
         if self._board is not None:
             self._board.close()
 

@@ -81,13 +81,13 @@ class Bar:
         from rich.progress import Progress as RichProgress
 
         columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            TextColumn("{task.description}", style="bold", markup=False),  # a name may hold brackets
+            BarColumn(bar_width=None),  # what the rest leaves
             MofNCompleteColumn(),
-            TextColumn("{task.fields[info]}"),
+            TextColumn("{task.fields[info]}", markup=False),
             TimeRemainingColumn(),
         )
-        self._bar = RichProgress(*columns, console=Console(stderr=True), refresh_per_second=4)
+        self._bar = RichProgress(*columns, console=Console(stderr=True), expand=True, refresh_per_second=4)
         self._task = self._bar.add_task(name, total=total, completed=step, info="compiling")
         self._bar.start()
 
@@ -98,7 +98,7 @@ class Bar:
         if self._bar is None:
             print(text, file=sys.stderr, flush=True)
         else:
-            self._bar.console.print(text)
+            self._bar.console.print(text, markup=False, highlight=False)
 
     def stop(self) -> None:
         if self._bar is not None:

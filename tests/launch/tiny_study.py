@@ -3,7 +3,7 @@
 
 from dataclasses import replace
 
-from research.train.experiment import Experiment, Steps
+from research.train.experiment import CheckpointPolicy, Experiment, Steps
 from tests import tiny
 
 
@@ -16,6 +16,12 @@ def diverging() -> dict[str, Experiment]:
     return {
         "tiny": replace(tiny.experiment(steps=30), optimizer=replace(tiny.experiment().optimizer, peak=1e30, clip=0.0))
     }
+
+
+def resumed() -> dict[str, Experiment]:
+    """The second run is long enough to be stopped in its middle."""
+    long = tiny.experiment(steps=200, log_every=3, checkpoint=CheckpointPolicy(every=50))
+    return {"short": replace(long, length=Steps(30)), "long": long}
 
 
 nothing = 3

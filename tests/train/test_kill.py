@@ -13,21 +13,25 @@ import pytest
 
 from research.train import metrics
 from tests.conftest import ROOT
+from tests.train import events
 
 STUDY = ROOT / "tests" / "launch" / "tiny_study.py"
 
 
-def command(runs, cache, *, name="tiny"):
+def command(runs, cache, *words):
+    """``lab`` with these words, or the run ``tiny``, as a process."""
     environment = {**os.environ, "LAB_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment["XLA_FLAGS"] = ""  # one device, as a user's machine has
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # quick compilation
-    arguments = [sys.executable, "-m", "launch.cli", "--runs", str(runs), "run", str(STUDY), "--only", name]
+    words = words or ("run", str(STUDY), "--only", "tiny")
+    arguments = [sys.executable, "-m", "launch.cli", "--runs", str(runs), *words]
     return subprocess.Popen(arguments, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finish(process):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output.decode()
+    return output.decode()
 
 
 def without_clock(directory):
@@ -68,10 +72,13 @@ def storm(undisturbed, runs, points):
 
 
 def test_killed_at_several_points_it_ends_with_the_same_metrics(undisturbed, tmp_path):
-    """Before the first checkpoint, while one is being written, and after it."""
+    """Before the first checkpoint, while one is being written, and after it. TensorBoard holds each step once."""
     killed, starts = storm(undisturbed, tmp_path, [2, 10, 23])
     assert killed == 3
     assert starts[0] == 0 and starts[-1] > 0 and all(start % 5 == 0 for start in starts), starts
+    directory = tmp_path / "tiny_study" / "tiny"
+    wanted = [(name, line["step"]) for line in metrics.read(directory) for name, _ in metrics.scalars(line)]
+    assert sorted((name, step) for name, step, _ in events.read(directory)) == sorted(wanted)
 
 
 @pytest.mark.verify
@@ -94,3 +101,31 @@ def test_interrupted_from_outside_it_saves_and_goes_on(undisturbed, tmp_path):
     assert b"saved at step" in output
     finish(command(tmp_path, cache))
     assert without_clock(directory) == wanted
+
+
+def swept(runs, name):
+    result = json.loads((runs / "tiny_study-resumed" / name / "result.json").read_text())
+    return result["loss"], result["bits_per_byte"]
+
+
+@pytest.mark.slow
+def test_a_sweep_interrupted_in_its_second_run_goes_on_to_the_same_losses(tmp_path, undisturbed):
+    cache, _ = undisturbed
+    words = ("sweep", f"{STUDY}:resumed")
+    finish(command(tmp_path / "whole", cache, *words))
+    first, second = (tmp_path / "runs" / "tiny_study-resumed" / name for name in ("short", "long"))
+    process = command(tmp_path / "runs", cache, *words)
+    while process.poll() is None and not (metrics.read(second) and metrics.read(second)[-1]["step"] >= 60):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT and b"saved at step" in output, output.decode()
+    assert (first / "result.json").exists() and not (second / "result.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    output = finish(command(tmp_path / "runs", cache, *words))
+    assert "short: finished before" in output and "2 of 2 runs finished" in output
+    assert before == {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    starts = [json.loads(line)["from_step"] for line in (second / "provenance.jsonl").read_text().splitlines()]
+    assert len(starts) == 2 and starts[0] == 0 and 60 <= starts[1] < 200
+    for name in ("short", "long"):
+        assert swept(tmp_path / "runs", name) == swept(tmp_path / "whole", name)

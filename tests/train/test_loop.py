@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from research.train.experiment import AdamW, CheckpointPolicy, Init, Steps
 from research.train.interrupt import Interrupted
 from research.train.monitor import Diverged
 from tests import tiny
+from tests.train import events
 
 ONE = MeshSpec(data=1)
 
@@ -52,19 +54,8 @@ def test_a_run_leaves_metrics_provenance_checkpoint_and_result(finished):
 
 
 def test_tensorboard_holds_what_the_metrics_hold(finished):
-    from tensorboardX.event_file_writer import EventFileWriter  # noqa: F401 - the library that wrote them
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.record_writer import RecordWriter  # noqa: F401
-
     directory, _ = finished
-    (path,) = (directory / "tensorboard").iterdir()
-    data, found, at = path.read_bytes(), {}, 0
-    while at < len(data):  # TFRecord: length, its checksum, the record, its checksum
-        size = int.from_bytes(data[at : at + 8], "little")
-        event = Event.FromString(data[at + 12 : at + 12 + size])
-        at += 16 + size
-        for value in event.summary.value:
-            found[value.tag, event.step] = value.simple_value
+    found = {(name, step): value for name, step, value in events.read(directory)}
     for line in metrics.read(directory):
         for name, number in metrics.scalars(line):
             assert found[name, line["step"]] == pytest.approx(number, rel=1e-6), (name, line["step"])
@@ -75,6 +66,16 @@ def test_a_finished_run_is_left_alone(finished, cache_dir):
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     assert run(directory, cache_dir) == result
     assert before == {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+
+
+def test_a_run_that_died_before_its_result_was_written_writes_the_same_without_training(finished, tmp_path, cache_dir):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / loop.RESULT).unlink()
+    result = run(tmp_path, cache_dir)
+    assert result == finished[1] and result["loss"] > 0 and result["bits_per_byte"] > 0
+    assert loop.read_json(tmp_path / loop.RESULT) == result
+    assert metrics.read(tmp_path) == metrics.read(finished[0])  # the clock's fields too: no step was taken again
+    assert sorted(events.read(tmp_path)) == sorted(events.read(finished[0]))
 
 
 @pytest.mark.parametrize(
@@ -182,6 +183,18 @@ def test_lines_past_the_restored_step_are_dropped(tmp_path):
     writer.write(2, {"a": np.float32(5), "b": float("nan"), "c": np.arange(2)})
     writer.close()
     assert metrics.read(tmp_path) == [{"step": 1, "a": 1}, {"step": 2, "a": 5.0, "b": "nan", "c": [0, 1]}]
+
+
+def test_records_past_the_restored_step_are_dropped_from_tensorboard(tmp_path):
+    for first, last, restored in ((1, 7, 0), (4, 5, 3)):
+        writer = metrics.MetricsWriter(tmp_path, step=restored)
+        for step in range(first, last + 1):
+            writer.write(step, {"loss": 10.0 * restored + step})
+        writer.close()
+        if not restored:  # files are named by the second, and a run does not go on in the second it died in
+            (path,) = (tmp_path / "tensorboard").iterdir()
+            path.rename(path.with_name("events.out.tfevents.1.before"))
+    assert events.read(tmp_path) == [("loss", *pair) for pair in ((1, 1.0), (2, 2.0), (3, 3.0), (4, 34.0), (5, 35.0))]
 
 
 def test_a_loss_that_is_not_a_number_stops_with_step_rate_and_last_good_checkpoint(tmp_path, cache_dir):
