@@ -79,13 +79,14 @@ class Bar:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
 
         columns = (
             TextColumn("{task.description}", style="bold", markup=False),  # a name may hold brackets
-            BarColumn(bar_width=None),  # what the rest leaves
-            MofNCompleteColumn(),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),  # what the rest leaves
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[info]}", markup=False),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
         )
         self._bar = RichProgress(*columns, console=Console(stderr=True), expand=True, refresh_per_second=4)
         self._task = self._bar.add_task(name, total=total, completed=step, info="compiling")

@@ -58,7 +58,9 @@ def test_on_a_terminal_a_bar_shows_loss_speed_share_of_peak_and_time_left():
     code, lines = on_a_terminal(["-c", WATCHED], columns=80)
     assert code == 0 and "a word besides: /tmp/[abc]/x" in lines, lines
     last = [line for line in lines if line.startswith("tiny[lr=3e-4]")][-1]
-    assert re.fullmatch(r"tiny ━+ +3/1000 loss 3\.2500, 12,346 tokens/s, 42% of peak \d:\d\d:\d\d", last), last
+    assert re.fullmatch(r"tiny\[lr=3e-4\] ━+ +3/1000 loss 3\.2500, 12,346 tokens/s, 42% of peak \d:\d\d:\d\d", last), (
+        last
+    )
 
 
 @pytest.mark.slow
@@ -75,7 +77,7 @@ def test_a_run_on_a_terminal_ends_with_a_full_bar(tmp_path):
 
 def test_elsewhere_the_first_and_last_steps_are_lines_with_the_time_left(capsys):
     shown = progress.choose()
-    shown.start("tiny[lr=3e-4]", total=200, step=100)
+    shown.start("tiny", total=200, step=100)
     for step in range(101, 201):
         shown.update(step, VALUES)
     shown.stop()
@@ -90,7 +92,7 @@ def test_the_time_left_is_that_of_the_steps_after_the_first(capsys, monkeypatch)
     now = [1000.0]
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
     shown = progress.Lines()
-    shown.start("tiny[lr=3e-4]", total=5, step=0)
+    shown.start("tiny", total=5, step=0)
     for step, seconds in enumerate((100, 4, 4, 4, 4), start=1):
         now[0] += seconds
         shown.update(step, VALUES)
