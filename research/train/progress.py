@@ -82,7 +82,9 @@ class Bar:
         from rich.table import Column
 
         columns = (
-            TextColumn("{task.description}", style="bold", markup=False),  # a name may hold brackets
+            TextColumn(  # a name may hold brackets, and more letters than a terminal has room for
+                "{task.description}", style="bold", markup=False, table_column=Column(max_width=16, no_wrap=True)
+            ),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),  # what the rest leaves
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[info]}", markup=False),
