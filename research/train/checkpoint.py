@@ -164,8 +164,12 @@ class Checkpointer:
             raise self._failed("written", None, error) from error
 
     def close(self) -> None:
-        if self._opened is not None:
+        if self._opened is None:
+            return
+        try:
             self._opened.close()
+        except Exception as error:
+            raise self._failed("written", None, error) from error
 
     def _failed(self, verb: str, step: int | None, error: Exception) -> CheckpointError:
         reason = brief(error)
