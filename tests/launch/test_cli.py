@@ -127,7 +127,7 @@ def test_a_finished_study_whose_text_has_changed_is_refused(lab, tmp_path):
         "def sweep():\n"
         "    e = tiny.experiment(steps=2, mesh=MeshSpec(data=1), evals=())\n"
         f"    return {{'a': replace(e, source=replace(e.source, corpus=TextFolder({str(tmp_path / 'text')!r})))}}\n"
-        "def analyze(runs, out):\n    (out / 'said').write_text(next(iter(runs.finished())).name)\n"
+        "def analyze(runs, out):\n    (out / 'said').write_text(next(iter(runs)).name)\n"
     )
     code, _, err = lab("sweep", str(tmp_path / "own.py"))
     assert code == 0, err
