@@ -83,6 +83,6 @@ def smallest() -> dict[str, Experiment]:
 def analyze(runs: Table, out: Path) -> None:
     from research.scaling.report import training_curves, write_report  # here: training needs no drawing
 
-    title = f"Quickstart: small decoders on {CORPUS}"
+    title = f"Quickstart: small decoders on {type(CORPUS).__name__}"
     conclusion = write_report(runs, out, title=title, curves=training_curves(runs, out))
     print("\n".join(conclusion.sentences))

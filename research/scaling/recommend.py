@@ -98,6 +98,12 @@ class HeldOut:
         return near and self.fit.convergence.converged and not self.fit.not_identified
 
     @property
+    def _doubt(self) -> str:
+        if not self.fit.convergence.converged:
+            return ", because the fit without them has not converged"
+        return ", because the runs do not tell all of its law" if self.fit.not_identified else ""
+
+    @property
     def sentence(self) -> str:
         best = self.best
         return (
@@ -108,7 +114,7 @@ class HeldOut:
             f"best loss ({self.carried_loss:.4f}) forward, and {self.mean_ratio:.2f} times over all of them (a third "
             f"is the standard): the test is "
             f"{'passed' if self.passed else 'NOT passed'}"
-            f"{', because these runs do not tell all of the law' if self.fit.not_identified else ''}."
+            f"{self._doubt}."
         )
 
 

@@ -18,6 +18,7 @@ from research.train.progress import Progress
 
 WORDS = {"grad_norm": "gradient norm", "param_norm": "parameters' norm"}
 MUST_BE_FINITE = ("loss", "grad_norm", "param_norm")  # the last one's step is saved only if it is
+SHORT = 5  # a run's last stretch with fewer steps says no speed of its own
 PROFILED = (3, 6)  # steps after the start between which ``--profile`` traces
 
 
@@ -75,9 +76,10 @@ class Monitor:
         tokens = step * experiment.tokens_per_step
         bad = [name for name in MUST_BE_FINITE if not math.isfinite(float(values[name]))]
         due = bool(bad) or step == 1 or step % experiment.log_every == 0 or step == experiment.steps
-        if due or step == self._first:
+        steps = step - self._stretch[0]
+        if step == self._first or (due and (steps >= min(experiment.log_every, SHORT) or not self._speed)):
             # over the steps since then: one short step alone would measure when this host looked
-            seconds = self._stretch[1] / (step - self._stretch[0])
+            seconds = self._stretch[1] / steps
             self._stretch = [step, 0.0]
             rate = experiment.tokens_per_step / seconds
             self._speed = {

@@ -79,7 +79,9 @@ class TextFolder:
                     f"{self.pattern!r} is not a file pattern ({error}): write one such as '**/*.txt'."
                 ) from error
         if not found:
-            raise CorpusError(f"The folder {self.path!r} has no file that matches {self.pattern!r}: change either.")
+            raise CorpusError(
+                f"The folder {self.path!r} has no file that matches pattern={self.pattern!r}: change either."
+            )
         held = sorted((name, path) for name, path in found if path.stat().st_size)
         if not held:
             raise CorpusError(
