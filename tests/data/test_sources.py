@@ -174,7 +174,7 @@ def test_shakespeare_splits_as_expected(cache):
 def test_folder_mistakes(tmp_path, cache):
     with pytest.raises(CorpusError, match="There is no folder .*nowhere"):
         TextFolder(str(tmp_path / "nowhere")).fingerprint(cache)
-    with pytest.raises(CorpusError, match=r"no file that matches '\*\*/\*.txt'"):
+    with pytest.raises(CorpusError, match=r"no file that matches pattern='\*\*/\*.txt'"):
         TextFolder(str(tmp_path)).fingerprint(cache)
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(CorpusError, match="are empty: add text"):
