@@ -39,9 +39,10 @@ class NextToken:
     z_loss: float = 0.0
     chunk: int = 512
 
-    def __call__(self, policy: Policy, frozen: Mapping[str, Policy], batch: Batch, key: Array) -> Loss:
-        del frozen, key
-        hidden_BTD = policy.forward(batch).hidden
+    def __call__(self, policy: Policy, frozen: Mapping[str, Policy], batch: Batch, key: Array | None) -> Loss:
+        del frozen
+        output = policy.forward(batch, key=key)
+        hidden_BTD = output.hidden
         weights_BT = batch["weights"].astype(jnp.float32)
         sums = token_sums(policy.head(), hidden_BTD, batch["targets"], weights_BT, z_loss=self.z_loss, chunk=self.chunk)
         total = jnp.sum(weights_BT)
@@ -53,7 +54,8 @@ class NextToken:
         if "target_bytes" in batch:
             bits = sums.cross_entropy / jnp.log(2.0)
             metrics["bits_per_byte"] = WeightedSum(bits, jnp.sum(batch["target_bytes"]))
-        return Loss(terms={"next_token": Term(1.0, WeightedSum(sums.loss, total))}, metrics=metrics, stats={})
+        terms = {"next_token": Term(1.0, WeightedSum(sums.loss, total)), **output.aux}
+        return Loss(terms=terms, metrics=metrics, stats=output.stats)
 
 
 def token_sums(
