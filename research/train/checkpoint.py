@@ -62,8 +62,9 @@ class Checkpointer:
         if self._opened is None:
             import orbax.checkpoint as ocp
 
-            # what fails is raised here as one sentence; Orbax would log its tracebacks besides
-            logging.getLogger("absl").setLevel(logging.CRITICAL)
+            # what fails is raised here as one sentence; Orbax and its event loop would log tracebacks besides
+            for name in ("absl", "asyncio"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
             self._opened = ocp.CheckpointManager(
                 self._folder.absolute(),
                 options=ocp.CheckpointManagerOptions(
