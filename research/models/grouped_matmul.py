@@ -41,10 +41,39 @@ def grouped_matmul(
     if chosen == "plain":
         mine = (expert_of[:, None] == jnp.arange(w_EDF.shape[0])[None, :]).astype(x_MD.dtype)
         return jnp.einsum("MD,EDF,ME->MF", x_MD, w_EDF, mine)
-    x_bMD = x_MD.reshape(-1, size, x_MD.shape[1])
-    x_bMD = jnp.where(inside[:, None, None], x_bMD, jnp.zeros((), x_MD.dtype))
-    w_bDF = w_EDF[jnp.minimum(expert_of, w_EDF.shape[0] - 1)]
-    return jax.lax.dot_general(x_bMD, w_bDF, (((2,), (1,)), ((0,), (0,)))).reshape(x_MD.shape[0], -1)
+    blocks = x_MD.reshape(-1, size, x_MD.shape[1])
+    return _blocked(jnp.where(inside, expert_of, -1), blocks, w_EDF).reshape(x_MD.shape[0], -1)
+
+
+@jax.custom_vjp
+def _blocked(expert_b: Array, x_bMD: Array, w_EDF: Array) -> Array:
+    """Block by block, each product on all cores: x [b, M, D], the expert of each block (-1: nobody's) -> [b, M, F]."""
+
+    def one(_: None, part: tuple[Array, Array]) -> tuple[None, Array]:
+        expert, x_MD = part
+        return None, _own(expert, x_MD @ w_EDF[jnp.maximum(expert, 0)])
+
+    return jax.lax.scan(one, None, (expert_b, x_bMD))[1]
+
+
+def _own(expert: Array, x: Array) -> Array:
+    return jnp.where(expert >= 0, x, jnp.zeros((), x.dtype))
+
+
+def _blocked_backward(saved: tuple[Array, Array, Array], d_y: Array) -> tuple[None, Array, Array]:
+    expert_b, x_bMD, w_EDF = saved
+
+    def one(d_w: Array, part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        expert, x_MD, d_MF = part
+        d_MF, at = _own(expert, d_MF), jnp.maximum(expert, 0)
+        d_w = d_w.at[at].add((x_MD.T @ d_MF).astype(d_w.dtype))
+        return d_w, jax.lax.dot_general(d_MF, w_EDF[at], (((1,), (1,)), ((), ())))
+
+    d_w, d_x = jax.lax.scan(one, jnp.zeros(w_EDF.shape, jnp.float32), (expert_b, x_bMD, d_y))
+    return None, d_x, d_w.astype(w_EDF.dtype)
+
+
+_blocked.defvjp(lambda *saved: (_blocked(*saved), saved), _blocked_backward)
 
 
 def _chosen(implementation: GroupedMatmul, platform: str) -> str:

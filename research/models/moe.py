@@ -127,7 +127,11 @@ class _Moe(nn.Module):
             )
 
         *into, down = weights
-        return product(self._activated([product(x_MD, w) for w in into]), down)
+        if self.build.platform == "cpu":  # as in ``ops.linear``: one product costs less there than two
+            inner = jnp.split(product(x_MD, jnp.concatenate(into, axis=-1)), len(into), axis=-1)
+        else:
+            inner = [product(x_MD, w) for w in into]
+        return product(self._activated(inner), down)
 
     def _buffered(self, x_GECD: Array, weights: tuple[Array, ...]) -> Array:
         *into, down = weights
