@@ -71,6 +71,7 @@ def storm(undisturbed, runs, points):
     return killed, starts
 
 
+@pytest.mark.slow
 def test_killed_at_several_points_it_ends_with_the_same_metrics(undisturbed, tmp_path):
     """Before the first checkpoint, while one is being written, and after it. TensorBoard holds each step once."""
     killed, starts = storm(undisturbed, tmp_path, [2, 10, 23])
