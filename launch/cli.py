@@ -4,6 +4,7 @@
 import argparse
 import importlib.util
 import os
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -47,8 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def quiet_unraisable(unraisable: Any) -> None:
-    """Drops the complaint of a file write that ended after its event loop: its error has been raised already."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """Drops complaints of files that could not be written to their end: that error has been raised already."""
+    full = isinstance(unraisable.exc_value, OSError) and unraisable.exc_value.errno in host.OUT_OF_SPACE
+    if not full and str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
@@ -59,10 +61,10 @@ def fail(sentence: str) -> int:
 
 def check_jax() -> int:
     """One sentence where JAX is missing, one warning where it is newer than what was tested."""
-    if importlib.util.find_spec("jax") is None:
+    if any(importlib.util.find_spec(name) is None for name in ("jax", "jaxlib")):
         return fail("JAX is not installed in this Python: run `make env`, or `pip install jax` in this environment.")
     version = metadata.version("jax")
-    if tuple(int(part) for part in version.split(".")[:2]) > TESTED_JAX:
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) > TESTED_JAX:
         tested = ".".join(str(part) for part in TESTED_JAX)
         print(
             f"lab: warning: JAX {version} is newer than the tested {tested}; results may differ.",
@@ -129,7 +131,8 @@ def run(options: argparse.Namespace) -> int:
     check_corpus(experiment, directory)
     result = local.run(experiment, directory, profile=options.profile)
     bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] is not None else ""
-    print(f"{options.only}: loss {result['loss']:.4f} nats per token{bits}, {result['seconds']:.0f} s")
+    loss = f"loss {result['loss']:.4f} nats per token" if result["loss"] is not None else "no held-out loss"
+    print(f"{options.only}: {loss}{bits}, {result['seconds']:.0f} s")
     return 0
 
 

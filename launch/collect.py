@@ -13,10 +13,13 @@ from research.train.experiment import Experiment
 
 
 def status(experiment: Experiment, directory: Path) -> tuple[Status, dict[str, Any]]:
-    """What is known of a run: finished, diverged, failed, running (a process is at it), interrupted or missing."""
+    """What is known of a run: finished, changed (finished, under other settings than the study has now), diverged,
+    failed, running (a process is at it), interrupted or missing."""
     result = loop.read_json(directory / loop.RESULT)
     if result is not None and result.get("hash") == experiment.hash:
         return "finished", result
+    if result is not None:
+        return "changed", {}
     failure = loop.read_json(directory / FAILURE)
     if failure is not None:
         return failure.get("status", "failed"), {}

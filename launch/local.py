@@ -42,6 +42,8 @@ def run(experiment: Experiment, directory: Path, *, profile: bool = False) -> di
             return loop.run(experiment, directory, options)
         except Exception as error:
             status = "diverged" if isinstance(error, Diverged) else "failed"
+            if (directory / loop.RESULT).exists():
+                raise  # a finished run that was refused under other settings is no failure
             with contextlib.suppress(OSError):  # a full disk must not hide the error that says so
                 record = {"status": status, "hash": experiment.hash, "message": str(error)}
                 loop.write_json(directory / FAILURE, record)

@@ -26,6 +26,12 @@ def sample(run: Path, *, prompt: str, tokens: int, temperature: float, seed: int
     if not isinstance(experiment.source, TextSource):
         raise UserError(f"{run} was not trained on text, so that a prompt means nothing to it.")
     tokenizer = experiment.source.tokenizer_for(local.cache_dir())
+    before = checkpoint.read_item(run, "data").get("data", {}).get("tokenizer")
+    if before not in (None, tokenizer.fingerprint):
+        raise UserError(
+            f"{run} was trained with the tokenizer {before}, and its text now gives {tokenizer.fingerprint}: put the "
+            "text back that the tokenizer was trained on."
+        )
     mesh = sharding.make_mesh(MeshSpec(data=1))
     model, precision = experiment.model, experiment.precision
     shapes = model.shapes(precision)

@@ -88,7 +88,7 @@ def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def partition_spec(axes: Axes) -> PartitionSpec:
-    """The mesh axes of an array's logical axes. Raises KeyError-like MeshError for a name without a rule."""
+    """The mesh axes of an array's logical axes. Raises MeshError for a name without a rule."""
     entries = []
     for name in axes:
         if name is not None and name not in RULES:

@@ -142,8 +142,11 @@ class EvalRun(Protocol):
 
 @runtime_checkable
 class Eval(Protocol):
-    """Something measured every ``every`` steps and at the end (0: at the end only), with keys of its own."""
+    """Something measured every ``every`` steps and at the end (0: at the end only), as ``name/...``."""
 
     every: int
+
+    @property
+    def name(self) -> str: ...
 
     def start(self, context: Context) -> EvalRun: ...

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.core.types import Array, Batch, Loss, Policy, Term, WeightedSum
+from research.core.types import Array, Batch, Loss, Policy, Term, UserError, WeightedSum
 
 Head = Callable[[Array], Array]
 
@@ -38,6 +38,10 @@ class NextToken:
 
     z_loss: float = 0.0
     chunk: int = 512
+
+    def __post_init__(self) -> None:
+        if self.chunk < 0 or not self.z_loss >= 0:
+            raise UserError(f"chunk and z_loss must be at least 0; given {self.chunk} and {self.z_loss}.")
 
     def __call__(self, policy: Policy, frozen: Mapping[str, Policy], batch: Batch, key: Array | None) -> Loss:
         del frozen

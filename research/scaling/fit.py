@@ -109,7 +109,7 @@ def fit_law(points: Points, *, delta: float = 1e-3, restarts: int = 12) -> Fit:
     """Fits E, A, B, alpha and beta: the sum of Huber(delta) losses of log residuals (Hoffmann et al. 2022,
     eq. 3).
 
-    The prediction is taken in log-sum-exp form. Raises UserError for fewer than six points, or fewer than two
+    The prediction is taken in log-sum-exp form. Raises UserError for fewer than six points, or fewer than three
     distinct params or tokens, with which the law cannot be told from others.
     """
     check_points(points)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from research.core.types import UserError
 
-Status = Literal["finished", "running", "interrupted", "failed", "diverged", "missing"]
+Status = Literal["finished", "running", "interrupted", "changed", "failed", "diverged", "missing"]
 STATUSES: tuple[str, ...] = typing.get_args(Status)
 ParameterCount = Literal["total", "non_embedding"]
 
@@ -55,7 +55,9 @@ class Run:
     def problem(self) -> str | None:
         """Why the run cannot stand in a fit, in a few words; None where it can."""
         if self.status != "finished":
-            return {"running": "still running", "missing": "never ran"}.get(self.status, self.status)
+            return {"running": "still running", "missing": "never ran", "changed": "run under other settings"}.get(
+                self.status, self.status
+            )
         if self.loss is None:
             return "finished without a validation loss"
         if not (math.isfinite(self.loss) and self.loss > 0):

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from research.core import config
-from research.core.types import UserError
+from research.core.tree import named_leaves
+from research.core.types import Array, UserError
 from research.train.experiment import WATCHING, CheckpointPolicy
 from research.train.state import TrainState
 
@@ -45,6 +47,17 @@ def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any], directory:
         raise CheckpointError(
             f"{directory} was begun with other settings ({'; '.join(found)}): give the run another name, "
             "put the settings back, or remove the folder."
+        )
+
+
+def check_model(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
+    """Raises CheckpointError naming what differs between a checkpoint's model, or optimizer, and those of a record."""
+    saved = read_item(path, "experiment")
+    found = [line for line in changes(saved, record) if line.startswith(("model.", "optimizer.", "precision."))]
+    if found:
+        raise CheckpointError(
+            f"{path} belongs to other settings ({'; '.join(found)}): take them over, or give "
+            "Init(parts='weights') where the model is the same."
         )
 
 
@@ -90,6 +103,7 @@ class Checkpointer:
                     rest=ocp.args.StandardSave({k: v for k, v in rest.items() if jax.tree.leaves(v)}),
                     data=ocp.args.JsonSave(dict(data)),
                     experiment=ocp.args.JsonSave(experiment),
+                    checksums=ocp.args.JsonSave(checksums(state)),
                 ),
             )
         except Exception as error:
@@ -109,6 +123,8 @@ class Checkpointer:
                 saved = self._manager.restore(step, args=ocp.args.Composite(experiment=ocp.args.JsonRestore()))
             except Exception as error:
                 raise self._failed("read", step, error) from error
+            if not isinstance(saved["experiment"], Mapping):
+                raise self._failed("read", step, ValueError("its record of the experiment is none"))
             check_unchanged(saved["experiment"], experiment, self.directory)
         targets = jax.tree.map(
             lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
@@ -123,11 +139,14 @@ class Checkpointer:
                     params=ocp.args.StandardRestore(targets.params),
                     rest=ocp.args.StandardRestore({k: v for k, v in rest.items() if jax.tree.leaves(v)}),
                     data=ocp.args.JsonRestore(),
+                    checksums=ocp.args.JsonRestore(),
                 ),
             )
+            state = TrainState(**{**rest, **found["rest"], "params": found["params"]})
+            compare(found["checksums"], checksums(state))
         except Exception as error:
             raise self._failed("read", step, error) from error
-        return TrainState(**{**rest, **found["rest"], "params": found["params"]}), found["data"]
+        return state, found["data"]
 
     def last(self) -> Path | None:
         """The folder of the newest checkpoint, once what is being written is on disk."""
@@ -145,13 +164,19 @@ class Checkpointer:
             raise self._failed("written", None, error) from error
 
     def close(self) -> None:
-        if self._opened is not None:
+        if self._opened is None:
+            return
+        try:
             self._opened.close()
+        except Exception as error:
+            raise self._failed("written", None, error) from error
 
     def _failed(self, verb: str, step: int | None, error: Exception) -> CheckpointError:
         reason = brief(error)
         which = self._folder / str(step) if step is not None else self._folder
-        if verb == "read":
+        if verb == "read" and self.read_only:
+            todo = "give another checkpoint"
+        elif verb == "read":
             todo = "remove that folder to go on from an earlier checkpoint or from the start"
         else:
             todo = f"earlier ones are whole (steps {steps(self.directory) or 'none'}): free some space and start again"
@@ -162,6 +187,42 @@ def brief(error: Exception) -> str:
     """An error's text on one line; of a long one the beginning (what) and the end (why)."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:100]} ... {text[-180:]}"
+
+
+@jax.jit
+def _sums(leaves: list[Array]) -> list[Array]:
+    def one(x: Array) -> Array:
+        words = x if jnp.issubdtype(x.dtype, jnp.integer) else jax.lax.bitcast_convert_type(x, f"uint{8 * x.itemsize}")
+        return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
+
+    return [one(x) for x in leaves]
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """The sum of each array's words modulo 2^32: the same on any mesh, and another one if any single bit flips."""
+    named = named_leaves(tree)
+    sums = jax.device_get(_sums(list(named.values())))
+    return {name: int(value) for name, value in zip(named, sums, strict=True)}
+
+
+def compare(saved: Mapping[str, int], found: Mapping[str, int]) -> None:
+    """Raises ValueError naming an array whose content is not what was saved."""
+    for name, value in found.items():
+        if saved.get(name) != value:
+            raise ValueError(f"{name} is not what was saved")
+
+
+def read_item(path: str | os.PathLike, item: str) -> Any:
+    """One JSON item of a checkpoint: "experiment", "data" or "checksums"."""
+    import orbax.checkpoint as ocp
+
+    directory, step = locate(path)
+    try:
+        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(directory.absolute() / FOLDER / str(step) / item)
+    except Exception as error:
+        raise CheckpointError(
+            f"The checkpoint {directory / FOLDER / str(step)} cannot be read ({brief(error)})."
+        ) from error
 
 
 def locate(path: str | os.PathLike) -> tuple[Path, int]:
@@ -180,18 +241,7 @@ def locate(path: str | os.PathLike) -> tuple[Path, int]:
 
 def load_experiment(path: str | os.PathLike) -> Any:
     """The experiment that a checkpoint was made by, rebuilt from its JSON."""
-    import orbax.checkpoint as ocp
-
-    directory, step = locate(path)
-    try:
-        record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(
-            directory.absolute() / FOLDER / str(step) / "experiment"
-        )
-    except Exception as error:
-        raise CheckpointError(
-            f"The checkpoint {directory / FOLDER / str(step)} cannot be read ({brief(error)})."
-        ) from error
-    return config.from_json(record)
+    return config.from_json(read_item(path, "experiment"))
 
 
 def load_params(path: str | os.PathLike, shapes: Any, layout: Any) -> Any:
@@ -202,7 +252,9 @@ def load_params(path: str | os.PathLike, shapes: Any, layout: Any) -> Any:
     targets = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(directory.absolute() / FOLDER / str(step) / "params", targets)
+            params = checkpointer.restore(directory.absolute() / FOLDER / str(step) / "params", targets)
+        compare(read_item(path, "checksums"), checksums({"params": params}))
+        return params
     except Exception as error:
         raise CheckpointError(
             f"The parameters in {directory / FOLDER / str(step)} do not fit the model asked for, or cannot be "

@@ -100,8 +100,22 @@ class Experiment:
     def flops(self) -> float:
         return self.tokens * self.flops_per_token
 
+    @property
+    def sources(self) -> list[Source]:
+        """That of training, and those of the evals that have one."""
+        found = [getattr(evaluation, "source", None) for evaluation in self.evals]
+        return [self.source, *(source for source in found if isinstance(source, Source))]
+
+    @property
+    def eval_names(self) -> list[str]:
+        return [evaluation.name for evaluation in self.evals]
+
     def check(self) -> None:
         """Raises UserError for what can be told wrong before anything is loaded."""
+        if len(set(self.eval_names)) < len(self.evals):
+            raise UserError(f"Two evals have one name among {self.eval_names}: name them apart, by their field name.")
+        if not self.length.count > 0:
+            raise UserError(f"A run's length must be above 0; given {self.length}.")
         for name, value, least in (
             ("source.batch_size", self.source.batch_size, 1),
             ("source.sequence_length", self.source.sequence_length, 1),

@@ -14,6 +14,7 @@ import numpy as np
 
 from research.core import sharding
 from research.core.types import Context, EvalRun, Stream, UserError
+from research.data.pipeline import TextSource
 from research.scaling import cost
 from research.train import hardware, metrics, provenance
 from research.train.checkpoint import Checkpointer, check_unchanged
@@ -25,8 +26,6 @@ from research.train.start import Program, first_state
 from research.train.state import TrainState
 
 RECORD, RESULT = "experiment.json", "result.json"
-# A result's loss, the first there is: held-out nats per token, another held-out objective, the last training loss.
-LOSSES = ("validation/cross_entropy", "validation/loss", "loss")
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,9 @@ def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, 
     with jax.set_mesh(mesh):
         context = Context(mesh=mesh, seed=experiment.seed, cache_dir=options.cache_dir)
         stream = experiment.source.start(context)
-        length, vocabulary = experiment.source.sequence_length, stream.info.get("vocab_size", 0)
-        experiment.model.check(sequence_length=length, vocab_size=vocabulary)
+        for source in experiment.sources:
+            size = source.vocab_size(options.cache_dir) if isinstance(source, TextSource) else 0
+            experiment.model.check(sequence_length=source.sequence_length, vocab_size=size)
         program = Program(experiment, mesh)
         evals = [evaluation.start(context) for evaluation in experiment.evals]
         directory.mkdir(parents=True, exist_ok=True)
@@ -127,13 +127,14 @@ def finish(experiment: Experiment, directory: Path, stream: Stream) -> dict[str,
     for line in metrics.read(directory):
         if line["step"] == experiment.steps:
             last |= line
-    loss = next((last[name] for name in LOSSES if name in last), None)
-    if loss is None:
+    if "loss" not in last:
         raise UserError(
             f"{directory / metrics.FILE} has no line for the last step, {experiment.steps}: remove {directory} "
             "to run again."
         )
     params = cost.params(experiment.model)
+    held_out = [f"{name}/{what}" for name in experiment.eval_names for what in ("cross_entropy", "loss")]
+    bits = [f"{name}/bits_per_byte" for name in experiment.eval_names]
     result = {
         "name": experiment.name,
         "hash": experiment.hash,
@@ -142,8 +143,8 @@ def finish(experiment: Experiment, directory: Path, stream: Stream) -> dict[str,
         "non_embedding_params": params.non_embedding,
         "tokens": experiment.tokens,
         "flops": experiment.flops,
-        "loss": loss,
-        "bits_per_byte": last.get("validation/bits_per_byte", last.get("bits_per_byte")),
+        "loss": next((last[name] for name in held_out if name in last), None),  # of the first eval that has one
+        "bits_per_byte": next((last[name] for name in bits if name in last), None),
         "seconds": last.get("seconds"),
         "metrics": {name: value for name, value in last.items() if not isinstance(value, list)},
         "data": stream.info,

@@ -9,7 +9,9 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +68,20 @@ class MetricsWriter:
         self._to_board()
 
     def _to_board(self) -> None:
-        from tensorboardX import SummaryWriter  # here, so that the first step does not wait for it
+        # Imported here, so that the first step does not wait for it. Written in this thread: the library's own writer
+        # has a thread that dies of a full disk without a word, and the run then waits for it for ever.
+        from tensorboardX.record_writer import RecordWriter
 
+        event, summary = (import_module(f"tensorboardX.proto.{name}_pb2") for name in ("event", "summary"))
         if self._board is None:
-            self._board = SummaryWriter(str(self.directory / "tensorboard"))
+            folder = self.directory / "tensorboard"
+            folder.mkdir(parents=True, exist_ok=True)
+            self._board = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.0f}.{os.getpid()}"))
+            self._board.write(event.Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
         for line in self._pending:
-            for name, value in scalars(line):
-                self._board.add_scalar(name, value, line["step"])
+            values = [summary.Summary.Value(tag=name, simple_value=value) for name, value in scalars(line)]
+            one = event.Event(wall_time=time.time(), step=line["step"], summary=summary.Summary(value=values))
+            self._board.write(one.SerializeToString())
         self._pending = []
 
     def close(self) -> None:

@@ -16,6 +16,8 @@ from research.train.experiment import Experiment
 from research.train.metrics import MetricsWriter
 from research.train.progress import Progress
 
+WORDS = {"grad_norm": "gradient norm", "param_norm": "parameters' norm"}
+MUST_BE_FINITE = ("loss", "grad_norm", "param_norm")  # the last one's step is saved only if it is
 PROFILED = (3, 6)  # steps after the start between which ``--profile`` traces
 
 
@@ -43,7 +45,11 @@ class Monitor:
         self._first = step + 1  # its time holds the compilation: it is a stretch of its own
         self._stretch = [step, 0.0]  # steps done at the last line, and seconds of the steps since
         self._speed: dict[str, Any] = {}
-        self._profiled = range(step + PROFILED[0], step + PROFILED[1]) if profile else range(0)
+        first, end = (min(step + at, experiment.steps) for at in PROFILED)
+        self._profiled = range(first, end) if profile else range(0)
+        self._tracing = False
+        if profile and not self._profiled:
+            progress.note(f"nothing to profile: tracing begins at step {step + PROFILED[0] + 1}, beyond the run's end.")
         progress.start(experiment.name, total=experiment.steps, step=step)
         self._clock = time.perf_counter()
 
@@ -67,7 +73,7 @@ class Monitor:
         self._clock = now
         experiment = self.experiment
         tokens = step * experiment.tokens_per_step
-        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(float(values[name]))]
+        bad = [name for name in MUST_BE_FINITE if not math.isfinite(float(values[name]))]
         due = bool(bad) or step == 1 or step % experiment.log_every == 0 or step == experiment.steps
         if due or step == self._first:
             # over the steps since then: one short step alone would measure when this host looked
@@ -84,20 +90,25 @@ class Monitor:
             self.writer.write(step, {**spent, **values, "seconds": self._seconds, **self._speed})
         self.progress.update(step, {**values, **self._speed})
         if bad:
-            raise self._diverged(step, bad[0], values)
+            raise self._diverged(step, bad[0], float(values[bad[0]]))
 
-    def _diverged(self, step: int, name: str, values: Metrics) -> Diverged:
+    def _diverged(self, step: int, name: str, value: float) -> Diverged:
         last = self.checkpoints.last()
+        rate = self.experiment.optimizer.learning_rate(self.experiment.clock, step - 1)
         return Diverged(
-            f"The {name.replace('grad_norm', 'gradient norm')} of {self.experiment.name} became "
-            f"{float(values[name])} at step {step}, at a learning rate of {float(values['learning_rate']):.3g}; "
+            f"The {WORDS.get(name, name)} of {self.experiment.name} became {value} at step {step}, at a learning rate "
+            f"of {rate:.3g}; "
             f"{f'the last good checkpoint is {last}' if last else 'there is no checkpoint before it'}: lower the "
             "learning rate or lengthen the warm-up."
         )
 
     def evaluated(self, step: int, found: Metrics) -> None:
         """Writes an evaluation's results. Its time is not counted as the next step's."""
-        self.writer.write(step, jax.device_get(found))
+        values = {name: float(value) for name, value in jax.device_get(found).items()}
+        self.writer.write(step, values)
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise self._diverged(step, bad[0], values[bad[0]])
         self.resume_clock()
 
     def resume_clock(self) -> None:
@@ -111,15 +122,23 @@ class Monitor:
         if self._profiled and step == self._profiled.start:
             self.flush()
             jax.profiler.start_trace(str(self.checkpoints.directory / "profile"))
+            self._tracing = True
         yield
         if self._profiled and step == self._profiled.stop - 1:
             self.flush()
+            self._stop_trace()
+            steps = f"{self._profiled.start + 1} to {self._profiled.stop}"
+            self.progress.note(f"profile of steps {steps}: {self.checkpoints.directory / 'profile'}")
+
+    def _stop_trace(self) -> None:
+        if self._tracing:
+            self._tracing = False
             jax.profiler.stop_trace()
-            self.progress.note(f"profile of steps {list(self._profiled)}: {self.checkpoints.directory / 'profile'}")
 
     def __enter__(self) -> "Monitor":
         return self
 
     def __exit__(self, *raised: Any) -> None:
+        self._stop_trace()
         self.progress.stop()
         self.writer.close()

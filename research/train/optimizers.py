@@ -59,7 +59,7 @@ class Clock:
     total: int = 0
 
     def steps(self, length: Length | Share) -> int:
-        """The nearest whole number of steps. Raises UserError for a length that is not positive."""
+        """The nearest whole number of steps. Raises UserError for a length that is negative or not finite."""
         amount = length.of if isinstance(length, Share) else length.count
         if not (math.isfinite(amount) and amount >= 0):
             raise UserError(f"A length must be a finite number of at least 0; given {length}.")
@@ -85,6 +85,10 @@ class Schedule:
     warmup: Tokens | Flops | Steps | Share = field(default_factory=lambda: Share(0.05))
     decay: Tokens | Flops | Steps | Share = field(default_factory=lambda: Share(0.2))
     final: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.final <= 1:
+            raise UserError(f"A schedule's final is a fraction of its peak, 0 to 1; given {self.final}.")
 
     def value(self, peak: float, clock: Clock, step: int) -> float:
         """The learning rate of step ``step`` (from 0). A decaying one ends at ``final * peak``, at the last step."""
@@ -130,6 +134,8 @@ class AdamW:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
+        if not self.eps >= 0:
+            raise UserError(f"AdamW's eps must be at least 0; given {self.eps}.")
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
             raise UserError(f"AdamW's b1 and b2 must be at least 0 and below 1; given {self.b1} and {self.b2}.")
         if not (math.isfinite(self.peak) and self.peak >= 0 and self.clip >= 0 and self.weight_decay >= 0):

@@ -64,6 +64,7 @@ def first_state(program: Program, checkpoints: checkpoint.Checkpointer, stream: 
         params = program.load(init).params
         ema = jax.tree.map(jnp.copy, params) if experiment.ema else None
         return program.fresh()._replace(params=params, ema=ema)
+    checkpoint.check_model(init.checkpoint, experiment.record())
     directory, last = checkpoint.locate(Path(init.checkpoint))
     other = checkpoint.Checkpointer(directory, experiment.checkpoint, read_only=True)
     try:

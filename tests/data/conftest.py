@@ -1,17 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small corpora and contexts for the data tests."""
 
-import os
+import random
+from pathlib import Path
 
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    # As the repository's own conftest does; here so that this folder also runs alone.
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-import random  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import pytest  # noqa: E402
+import pytest
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "said", "that", "every", "token", "counts", "once"]
 

@@ -19,6 +19,7 @@ from research.core.types import Context, Source, UserError
 from research.data.pipeline import DataError, TextSource
 from research.data.sources import Mixture, Synthetic, TextFolder
 from research.data.tokenizers import Bytes, Characters, SentencePiece
+from tests.data import two_processes
 
 NAMES = {"tokens", "targets", "weights", "segment_ids", "positions", "target_bytes"}
 
@@ -91,8 +92,6 @@ def test_rows_by_host_join_into_the_global_batch(source, context, hosts):
     ids=str,
 )
 def test_every_mesh_gets_the_same_batch_and_builds_its_rows_once(source, context, spec):
-    if jax.device_count() < 8:
-        pytest.skip("needs 8 devices")
     want = source.start(context).next(None, 2)
     stream = source.start(dataclasses.replace(context, mesh=make_mesh(spec)))
     built = []
@@ -104,14 +103,26 @@ def test_every_mesh_gets_the_same_batch_and_builds_its_rows_once(source, context
     assert rows == list(range(16, 24))
 
 
-def test_two_processes_build_one_batch(source, context):
-    """A host assembles only the rows of its own devices."""
+@pytest.mark.slow
+def test_two_processes_build_one_batch_each_its_own_rows(source, context, tmp_path):
+    """Two processes of four devices hold together what one process of eight holds, and build no row twice."""
     stream = source.start(context)
-    halves = [jax.devices()[: jax.device_count() // 2], jax.devices()[jax.device_count() // 2 :]]
-    everywhere = stream._sharding.devices_indices_map((8, 16))
-    spans = [{stream._span(everywhere[device]) for device in half} for half in halves if half]
-    assert sorted(span for half in spans for span in half) == sorted({stream._span(i) for i in everywhere.values()})
-    assert sum(stop - start for half in spans for start, stop in half) == 8
+    want = [as_numpy(stream.next(None, step)) for step in range(two_processes.STEPS)]
+    stream.close()
+    processes = two_processes.run(source, context, tmp_path)
+    for spec in two_processes.SPECS:
+        rows = [[], []]
+        for number, process in enumerate(processes):
+            held = set()
+            for step, name, index, data in process["shards", spec]:
+                np.testing.assert_array_equal(data, want[step][name][index], err_msg=f"{spec} {step} {name} {index}")
+                first, last, _ = index[0].indices(8)
+                held.update((name, 8 * step + row) for row in range(first, last))
+            rows[number] = sorted({row for _, row in held})
+            assert held == {(name, row) for name in NAMES for row in rows[number]}
+            built = [row for start, stop in process["built", spec] for row in range(start, stop)]
+            assert sorted(row for row in built if row < 8 * two_processes.STEPS) == rows[number], f"{spec}, {number}"
+        assert rows[0] and rows[1] and sorted(rows[0] + rows[1]) == list(range(8 * two_processes.STEPS))
 
 
 @pytest.mark.parametrize("k", [0, 1, 7, 40])

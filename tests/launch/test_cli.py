@@ -127,7 +127,7 @@ def test_a_finished_study_whose_text_has_changed_is_refused(lab, tmp_path):
         "def sweep():\n"
         "    e = tiny.experiment(steps=2, mesh=MeshSpec(data=1), evals=())\n"
         f"    return {{'a': replace(e, source=replace(e.source, corpus=TextFolder({str(tmp_path / 'text')!r})))}}\n"
-        "def analyze(runs, out):\n    (out / 'said').write_text(next(iter(runs.finished())).name)\n"
+        "def analyze(runs, out):\n    (out / 'said').write_text(next(iter(runs)).name)\n"
     )
     code, _, err = lab("sweep", str(tmp_path / "own.py"))
     assert code == 0, err
@@ -159,6 +159,27 @@ def test_sweep_list_sample(lab, tmp_path):
     assert first[0] == 0 and first[1].startswith("abc") and first == again
     code, out, _ = lab("list", STUDY)  # the plain study has a folder of its own: nothing has run there
     assert out.count("missing") == 2
+
+
+@pytest.mark.slow
+def test_a_sample_with_another_tokenizer_is_refused(lab, tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for name in "abc":
+        (text / f"{name}.txt").write_text(f"some text of {name} and no more\n" * 500)
+    (tmp_path / "own.py").write_text(
+        "from dataclasses import replace\nfrom tests import tiny\nfrom research.core.sharding import MeshSpec\n"
+        "from research.data.sources import TextFolder\nfrom research.data.tokenizers import Characters\n"
+        "def sweep():\n"
+        "    e = tiny.experiment(steps=2, mesh=MeshSpec(data=1), evals=())\n"
+        f"    own = replace(e.source, corpus=TextFolder({str(text)!r}), tokenizer=Characters())\n"
+        "    return {'a': replace(e, source=own, model=replace(e.model, vocab_size=300))}\n"
+    )
+    assert lab("run", str(tmp_path / "own.py"), "--only", "a")[0] == 0
+    (text / "a.txt").write_text("QUITE OTHER LETTERS\n" * 500)
+    (run,) = (tmp_path / "runs").glob("*/a")
+    code, _, err = lab("sample", str(run), "--prompt", "some")
+    assert code == 2 and "tokenizer" in err and err.count("\n") == 1
 
 
 def test_a_diverged_run_is_marked_and_does_not_stop_the_sweep(lab):
@@ -228,3 +249,24 @@ def test_a_full_disk_is_one_sentence_and_what_was_saved_stays(tmp_path, cache_di
     done = subprocess.run(arguments, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "tiny_study" / "tiny" / "result.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [300, 600, 1400])
+def test_a_file_system_without_room_is_one_sentence_wherever_it_fills(tmp_path, cache_dir, kilobytes):
+    """A file system of its own, in a mount namespace: metrics, TensorBoard and checkpoints all meet its end."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = f"mount -t tmpfs -o size={kilobytes}k tmpfs {place}"
+    try:
+        allowed = subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        allowed = False
+    if not allowed:
+        pytest.skip("needs the right to mount a file system")
+    environment = {**os.environ, "LAB_CACHE": str(cache_dir), "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    run = f"{sys.executable} -m launch.cli --runs {place} run {STUDY} --only tiny"
+    both = ["unshare", "-m", "sh", "-c", f"{mount} && {run}"]
+    full = subprocess.run(both, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert full.returncode == 2 and full.stderr.count("lab: error") == 1, full.stderr
+    assert "Traceback" not in full.stderr, full.stderr

@@ -100,7 +100,7 @@ def test_finished_and_excluded_give_reasons():
         (f"{HEADER}\na,,50,2000,1e6,3.5,,finished,\n", "line 2: the params is empty"),
         (
             f"{HEADER}\na,1,50,2000,1e6,3.5,,done,\n",
-            "must be one of finished, running, interrupted, failed, diverged, missing",
+            "must be one of finished, running, interrupted, changed, failed, diverged, missing",
         ),
         (
             f"{HEADER}\na,1,1,1,1,1,,finished,\na,1,1,1,1,1,,finished,\n",

@@ -5,23 +5,27 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from research.core.sharding import MeshError, MeshSpec
-from research.core.types import UserError
+from research.core.types import Loss, Term, UserError, WeightedSum
 from research.data.sources import Synthetic
 from research.data.tokenizers import Bytes
+from research.evals.validation import Validation
 from research.models.attention import Attention
 from research.models.positions import Learned
+from research.objectives.next_token import NextToken
 from research.train import checkpoint, loop, metrics
 from research.train.checkpoint import CheckpointError
 from research.train.experiment import AdamW, CheckpointPolicy, Init, Steps
 from research.train.interrupt import Interrupted
 from research.train.monitor import Diverged
+from research.train.optimizers import Schedule
 from tests import tiny
 from tests.train import events
 
@@ -198,8 +202,8 @@ def test_records_past_the_restored_step_are_dropped_from_tensorboard(tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_stops_with_step_rate_and_last_good_checkpoint(tmp_path, cache_dir):
-    wild = tiny.experiment(steps=10, mesh=ONE, optimizer=AdamW(peak=1e30, clip=0.0), evals=())
-    wild = replace(wild, checkpoint=CheckpointPolicy(every=1))
+    rising = AdamW(peak=2e17, clip=0.0, schedule=Schedule(warmup=Steps(5)))
+    wild = tiny.experiment(steps=10, mesh=ONE, optimizer=rising, evals=(), checkpoint=CheckpointPolicy(every=1))
     with pytest.raises(Diverged, match=r"at step \d+, at a learning rate of [\d.]+e\+\d+; the last good checkpoint is"):
         run(tmp_path, cache_dir, wild)
     saved = checkpoint.steps(tmp_path)
@@ -210,14 +214,62 @@ def test_a_loss_that_is_not_a_number_stops_with_step_rate_and_last_good_checkpoi
     assert saved[-1] == first_bad - 1 and all(np.all(np.isfinite(p)) for p in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("damage", ["missing", "garbled"])
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path, cache_dir):
+    """The step's loss and gradient were; its update was not."""
+    wild = tiny.experiment(steps=10, mesh=ONE, optimizer=AdamW(peak=1e30, clip=0.0), evals=())
+    with pytest.raises(Diverged, match="parameters' norm of tiny became inf at step 1.*there is no checkpoint before"):
+        run(tmp_path, cache_dir, replace(wild, checkpoint=CheckpointPolicy(every=1)))
+    assert not checkpoint.steps(tmp_path)
+
+
+def test_a_bad_validation_loss_stops_the_run_too(tmp_path, cache_dir):
+    bad = Validation(tiny.experiment().source.validation(num_batches=1), NotANumber())
+    with pytest.raises(Diverged, match="validation/loss of tiny became nan at step 2"):
+        run(tmp_path, cache_dir, tiny.experiment(steps=2, mesh=ONE, evals=(bad,)))
+    assert not (tmp_path / loop.RESULT).exists()
+
+
+@dataclass(frozen=True)
+class NotANumber:
+    def __call__(self, policy, frozen, batch, key):
+        return Loss({"x": Term(1.0, WeightedSum(jnp.asarray(jnp.nan), jnp.ones(())))}, {}, {})
+
+
+def test_the_state_of_another_model_is_refused_by_name(finished, tmp_path, cache_dir):
+    other = tiny.experiment(mesh=ONE, model=replace(tiny.MODEL, d_model=64), init=Init(str(finished[0]), parts="all"))
+    with pytest.raises(CheckpointError, match="belongs to other settings.*model.d_model: 32 -> 64"):
+        run(tmp_path, cache_dir, other)
+
+
+def test_an_eval_that_the_model_cannot_read_is_refused(tmp_path, cache_dir):
+    short = replace(tiny.MODEL, position=Learned(64))
+    source = tiny.experiment().source
+    evals = (Validation(replace(source, sequence_length=128).validation(num_batches=1), NextToken()),)
+    with pytest.raises(UserError, match="longer than the model's table"):
+        run(tmp_path, cache_dir, tiny.experiment(mesh=ONE, model=short, evals=evals))
+
+
+def test_two_evals_of_one_name_are_refused(tmp_path, cache_dir):
+    with pytest.raises(UserError, match="name them apart"):
+        run(tmp_path, cache_dir, tiny.experiment(mesh=ONE, evals=tiny.experiment().evals * 2))
+
+
+@pytest.mark.parametrize("damage", ["missing", "garbled", "one bit"])
 def test_a_corrupt_checkpoint_is_one_sentence(tmp_path, cache_dir, damage):
     experiment = tiny.experiment(steps=10, mesh=ONE, evals=())
     interrupted_after(experiment, tmp_path, cache_dir, step=6)
     *_, last = checkpoint.steps(tmp_path)
     folder = tmp_path / "checkpoints" / str(last) / "params"
     for path in [p for p in folder.rglob("*") if p.is_file()]:
-        path.unlink() if damage == "missing" else path.write_bytes(os.urandom(path.stat().st_size))
+        if damage == "missing":
+            path.unlink()
+        elif damage == "garbled":
+            path.write_bytes(os.urandom(path.stat().st_size))
+    if damage == "one bit":
+        path = max(folder.rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
     with pytest.raises(CheckpointError, match="could not be read.*remove that folder") as error:
         run(tmp_path, cache_dir, experiment)
     assert "\n" not in str(error.value) and metrics.read(tmp_path)[0]["step"] == 1
@@ -277,8 +329,9 @@ def test_what_cannot_run_is_one_sentence_before_anything_is_written(tmp_path, ca
 
 
 @pytest.mark.slow
-def test_profile_leaves_a_trace(tmp_path, cache_dir):
-    experiment = tiny.experiment(steps=8, mesh=ONE, evals=())
+@pytest.mark.parametrize("steps", [8, 5])
+def test_profile_leaves_a_trace(tmp_path, cache_dir, steps):
+    experiment = tiny.experiment(steps=steps, mesh=ONE, evals=())
     loop.run(experiment, tmp_path, loop.Options(cache_dir=cache_dir, profile=True))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 

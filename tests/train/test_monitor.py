@@ -36,7 +36,12 @@ class Number:
 
 
 def measured(step, log):
-    return {"loss": Number(step, log), "grad_norm": np.float32(1), "learning_rate": np.float32(1)}
+    return {
+        "loss": Number(step, log),
+        "grad_norm": np.float32(1),
+        "param_norm": np.float32(1),
+        "learning_rate": np.float32(1),
+    }
 
 
 @pytest.fixture
