@@ -144,6 +144,7 @@ def test_an_empty_document_set(lab, tmp_path):
     assert code == 2 and "empty" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_sweep_list_sample(lab, tmp_path):
     """A sweep runs what is not finished, skips what is, goes past a failure, and its runs can be sampled."""
     code, _, err = lab("sweep", STUDY, "--set", "length.count=3", "--set", "mesh.data=1")
@@ -182,6 +183,7 @@ def test_a_sample_with_another_tokenizer_is_refused(lab, tmp_path):
     assert code == 2 and "tokenizer" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_marked_and_does_not_stop_the_sweep(lab):
     code, _, err = lab("sweep", STUDY + ":diverging", "--set", "mesh.data=1")
     assert code == 1 and "learning rate" in err and "0 of 1 runs finished" in err

@@ -29,7 +29,14 @@ def mean_loss(params, model, batch, objective):
     return sum(c * v.mean for c, v in loss.terms.values()), loss
 
 
-@pytest.mark.parametrize(("head", "z_loss", "chunk"), [("tied", 1e-2, 100), ("untied", 0.0, 64), ("untied", 1e-2, 0)])
+@pytest.mark.parametrize(
+    ("head", "z_loss", "chunk"),
+    [
+        ("tied", 1e-2, 100),
+        pytest.param("untied", 0.0, 64, marks=pytest.mark.slow),
+        pytest.param("untied", 1e-2, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_chunked_is_plain_in_value_and_gradient(head, z_loss, chunk):
     model, batch = replace(tiny.MODEL, head=head, num_layers=1), tiny.batch(rows=4)
     params = model.init_params(jax.random.key(0), PRECISION)
