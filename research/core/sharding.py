@@ -25,6 +25,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "mlp": ("tensor",),
+    "expert": (),
+    "router": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small helpers on pytrees of arrays: names and sizes of leaves."""
+"""Small helpers on pytrees of arrays: names and sizes of leaves, subtrees by path."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,3 +21,17 @@ def path_name(path: tuple[Any, ...], separator: str = "/") -> str:
 def size(tree: Any) -> int:
     """Number of elements in all leaves (arrays or shapes)."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def at(tree: Any, path: Sequence[str]) -> Any:
+    """The subtree of a nested dict under a path of keys."""
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def put(tree: Any, path: Sequence[str], value: Any) -> Any:
+    """A nested dict with another value under a path of keys; the given one stays as it is."""
+    if not path:
+        return value
+    return {**tree, path[0]: put(tree[path[0]], path[1:], value)}

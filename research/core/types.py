@@ -62,7 +62,7 @@ class Output(NamedTuple):
 
     hidden: Array
     cache: Any
-    aux: Mapping[str, WeightedSum]
+    aux: Mapping[str, Term]
     stats: Any
 
 
@@ -78,7 +78,7 @@ class Precision:
 class Policy(Protocol):
     """A model bound to its parameters; a pytree (``research.models.bound.Bound``)."""
 
-    def forward(self, batch: Batch, cache: Any = None) -> Output: ...
+    def forward(self, batch: Batch, cache: Any = None, key: Array | None = None) -> Output: ...
 
     def logits(self, hidden: Array) -> Array: ...
 
@@ -89,9 +89,9 @@ class Policy(Protocol):
 
 @runtime_checkable
 class Objective(Protocol):
-    """A pure function of the policy, the frozen models, a batch and a key."""
+    """A pure function of the policy, the frozen models, a batch and a key (None: no random choices, to evaluate)."""
 
-    def __call__(self, policy: Policy, frozen: Mapping[str, Policy], batch: Batch, key: Array) -> Loss: ...
+    def __call__(self, policy: Policy, frozen: Mapping[str, Policy], batch: Batch, key: Array | None) -> Loss: ...
 
 
 @dataclass(frozen=True)

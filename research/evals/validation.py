@@ -54,7 +54,7 @@ class Validation:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(objective: Objective, policy: Policy, batch: Batch) -> Mapping[str, tuple[Array, Array]]:
-    loss = objective(policy, {}, batch, jax.random.key(0))
+    loss = objective(policy, {}, batch, None)
     whole = {"loss": _combined(loss.terms)} if len(loss.terms) == 1 else {}
     return {name: tuple(value) for name, value in {**whole, **loss.metrics}.items()}
 

@@ -2,29 +2,17 @@
 """Self-attention: multi-head (MHA), grouped-query (GQA; Ainslie et al. 2023) and multi-query (MQA; Shazeer 2019)."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from research.core.sharding import constrain
-from research.core.types import Array, Precision, UserError
+from research.core.types import Array, UserError
 from research.models import ops
 from research.models.cache import LayerCache, append
-from research.models.layers import Linear, WeightInit, project
+from research.models.layers import Build, Linear, project
 from research.models.positions import rotate
-
-
-class Tokens(NamedTuple):
-    """What attention knows of the tokens in hand, the same for every layer.
-
-    positions and segments [B, T]; rotary: sines and cosines or None; length [B]: filled cache slots or None.
-    """
-
-    positions: Array
-    segments: Array
-    rotary: tuple[Array, Array] | None
-    length: Array | None
+from research.models.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -65,28 +53,21 @@ class Attention:
             )
         return self.head_dim or d_model // self.num_heads
 
-    def build(
-        self, d_model: int, num_layers: int, weight_init: WeightInit, precision: Precision, platform: str
-    ) -> nn.Module:
-        return _Attention(self, d_model, num_layers, weight_init, precision, platform, name="attention")
+    def build(self, build: Build) -> nn.Module:
+        return _Attention(self, build, name="attention")
 
 
 class _Attention(nn.Module):
     config: Attention
-    d_model: int
-    num_layers: int
-    weight_init: WeightInit
-    precision: Precision
-    platform: str
+    build: Build
 
     @nn.compact
     def __call__(self, x_BTD: Array, tokens: Tokens, cache: LayerCache | None) -> tuple[Array, LayerCache | None]:
-        config, d_model = self.config, self.d_model
+        config, d_model = self.config, self.build.d_model
         head_dim = config.width(d_model)
 
         def head(name: str, heads: int, axis: str) -> Linear:
-            axes, init = ("embed", axis, "head_dim"), self.weight_init.matrix(d_model)
-            return Linear((d_model,), (heads, head_dim), axes, init, self.precision, self.platform, name=name)
+            return self.build.linear(name, (d_model,), (heads, head_dim), ("embed", axis, "head_dim"))
 
         q = head("q", config.num_heads, "heads")
         k, v = (head(name, config.kv_heads, "kv_heads") for name in "kv")
@@ -112,9 +93,7 @@ class _Attention(nn.Module):
             visibility=ops.Visibility("causal", config.window),
             aligned=cache is None,
             implementation=config.implementation,
-            platform=self.platform,
+            platform=self.build.platform,
         )
-        init = self.weight_init.matrix(config.num_heads * head_dim, residual_layers=self.num_layers)
         axes = ("heads", "head_dim", "embed")
-        out = Linear((config.num_heads, head_dim), (d_model,), axes, init, self.precision, self.platform, name="out")
-        return out(out_BTNH), cache
+        return self.build.linear("out", (config.num_heads, head_dim), (d_model,), axes, residual=True)(out_BTNH), cache

@@ -19,9 +19,13 @@ class Bound:
     buffers: Params
     module: nn.Module = field(metadata={"static": True})
 
-    def forward(self, batch: Batch, cache: Any = None) -> Output:
-        """batch: tokens, positions, segment_ids [B, T]. Hidden states come out after the final norm [B, T, D]."""
-        return self.module.apply({"params": self.params, "buffers": self.buffers}, batch, cache, method="forward")
+    def forward(self, batch: Batch, cache: Any = None, key: Array | None = None) -> Output:
+        """batch: tokens, positions, segment_ids [B, T]. Hidden states come out after the final norm [B, T, D].
+
+        key: for random choices that training makes; without one there are none.
+        """
+        variables = {"params": self.params, "buffers": self.buffers}
+        return self.module.apply(variables, batch, cache, key, method="forward")
 
     def logits(self, hidden: Array) -> Array:
         """[..., D] -> [..., V] in the logits dtype."""

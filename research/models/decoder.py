@@ -10,20 +10,28 @@ import jax
 import jax.numpy as jnp
 
 from research.core.sharding import constrain
-from research.core.types import Array, Batch, Output, Params, Precision, UserError
+from research.core.tree import at, put
+from research.core.types import Array, Batch, Metrics, Output, Params, Precision, UserError
 from research.models import cache as caches
-from research.models.attention import Attention, Tokens
+from research.models import moe
+from research.models.attention import Attention
 from research.models.bound import Bound
-from research.models.layers import Embedding, Linear, Norm, WeightInit
+from research.models.layers import Build, Embedding, Linear, Norm, WeightInit
 from research.models.mlp import Mlp
+from research.models.moe import Moe
 from research.models.positions import Learned, Position, Rotary, Sinusoidal, rotary_tables, sinusoids
-from research.models.stack import Remat, stack
+from research.models.stack import Remat, block_name, stack
+from research.models.tokens import Tokens
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A dense decoder (Vaswani et al. 2017, pre-norm): token embedding, blocks, final norm, head.
+    """A decoder (Vaswani et al. 2017, pre-norm): token embedding, blocks, final norm, head.
 
+    mlp: the feed-forward of every layer, dense or of experts; or a tuple that repeats over the layers: ``(Mlp(...),
+        Moe(...))`` gives every second layer experts.
+    first: feed-forwards of the first layers, all alike, before those of ``mlp``: ``(Mlp(...),) * 3`` is "dense first
+        three layers" (DeepSeek-V3).
     head: "tied" reads logits off the embedding table, "untied" has a matrix of its own.
     layers: "scanned" compiles one block whatever the depth; "unrolled" compiles each, for speed or for
         counting. The parameters are the same.
@@ -35,13 +43,38 @@ class Decoder:
     d_model: int
     num_layers: int
     attention: Attention
-    mlp: Mlp
+    mlp: Mlp | Moe | tuple[Mlp | Moe, ...]
     norm: Norm = field(default_factory=Norm)
     position: Position = field(default_factory=Rotary)
     head: Literal["tied", "untied"] = "untied"
     layers: Literal["scanned", "unrolled"] = "scanned"
     remat: Remat = "none"
+    first: tuple[Mlp | Moe, ...] = ()
     weight_init: WeightInit = field(default_factory=WeightInit)
+
+    @property
+    def period(self) -> tuple[Mlp | Moe, ...]:
+        """The feed-forwards that repeat after the first layers."""
+        return self.mlp if isinstance(self.mlp, tuple) else (self.mlp,)
+
+    @property
+    def repeats(self) -> int:
+        return (self.num_layers - len(self.first)) // len(self.period)
+
+    @property
+    def feed_forwards(self) -> tuple[Mlp | Moe, ...]:
+        """That of each layer."""
+        return self.first + self.period * self.repeats
+
+    def moes(self) -> dict[tuple[str, ...], Moe]:
+        """The expert layers by their place among parameters, buffers and statistics."""
+        found: dict[tuple[str, ...], Moe] = {}
+        if self.first and isinstance(self.first[0], Moe):
+            found["first",] = self.first[0]
+        for place, mlp in enumerate(self.period):
+            if isinstance(mlp, Moe):
+                found[("layers",) if len(self.period) == 1 else ("layers", block_name(place))] = mlp
+        return found
 
     def check(self, *, sequence_length: int, vocab_size: int) -> None:
         """Raises UserError where the sizes cannot work together, or with the data's."""
@@ -50,10 +83,17 @@ class Decoder:
             ("d_model", self.d_model),
             ("num_layers", self.num_layers),
             ("num_heads", self.attention.num_heads),
-            ("d_ff", self.mlp.d_ff),
+            *(("d_ff", mlp.d_ff) for mlp in self.first + self.period),
         ):
             if size < 1:
                 raise UserError(f"The model's {name} is {size}: it must be at least 1.")
+        if not self.period or len(set(self.first)) > 1:
+            raise UserError("model.mlp must not be empty, and the feed-forwards of model.first must be alike.")
+        if len(self.feed_forwards) != self.num_layers:
+            raise UserError(
+                f"{self.num_layers} layers are not {len(self.first)} first ones and whole repetitions of "
+                f"{len(self.period)}: choose num_layers accordingly."
+            )
         width = self.attention.width(self.d_model)
         if isinstance(self.position, Rotary) and width % 2:
             raise UserError(f"Rotary positions need an even head width; d_model and num_heads give {width}.")
@@ -78,30 +118,41 @@ class Decoder:
         dummy = jnp.zeros((1, 1), jnp.int32)
         batch = {"tokens": dummy, "positions": dummy, "segment_ids": dummy + 1}
         scanned = replace(self, layers="scanned")  # the same draws; unrolled they take seconds to compile
-        variables = scanned.build(precision).init(key, batch, method="initialise")
-        return variables["params"]
+        return scanned.build(precision).init(key, batch, method="initialise")
 
     def init_params(self, key: Array, precision: Precision) -> Params:
         """Fresh parameters, a nested dict of arrays."""
-        return nn.meta.unbox(self.init_boxed(key, precision))
+        return nn.meta.unbox(self.init_boxed(key, precision)["params"])
 
     def init_buffers(self) -> Params:
-        """State that changes without a gradient; a dense decoder has none."""
-        return {}
+        """State that changes without a gradient: the routers' biases, where they have any."""
+        shapes = _boxed_shapes(self, Precision()).get("buffers", {})
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def update(self, buffers: Params, stats: Any) -> Params:
         """Buffers after one optimizer step, from the statistics of the whole global batch."""
-        del stats
+        for path, config in self.moes().items():
+            if config.router.bias_rate:
+                place = (*path, "mlp", "bias")
+                bias = moe.rebalanced(config.router.bias_rate, at(buffers, place), at(stats, path)["load"])
+                buffers = put(buffers, place, bias)
         return buffers
+
+    def report(self, stats: Any) -> Metrics:
+        """What the statistics of the whole global batch say, for the record."""
+        moes = self.moes()
+        return {
+            _name(name, path, len(moes)): value for path in moes for name, value in moe.report(at(stats, path)).items()
+        }
 
     def shapes(self, precision: Precision) -> Params:
         """The parameter tree as shapes."""
-        return nn.meta.unbox(_boxed_shapes(self, precision))
+        return nn.meta.unbox(_boxed_shapes(self, precision)["params"])
 
     def logical_axes(self) -> Any:
         """A tree like the parameters, with a tuple of logical axis names for each."""
         is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)  # noqa: E731
-        return jax.tree.map(lambda box: tuple(box.names), _boxed_shapes(self, Precision()), is_leaf=is_box)
+        return jax.tree.map(lambda box: tuple(box.names), _boxed_shapes(self, Precision())["params"], is_leaf=is_box)
 
     def bind(self, params: Params, buffers: Params, precision: Precision, *, platform: str = "cpu") -> Bound:
         return Bound(params, buffers, self.build(precision, platform=platform))
@@ -123,6 +174,11 @@ def _boxed_shapes(model: Decoder, precision: Precision) -> Any:
     return jax.eval_shape(functools.partial(model.init_boxed, precision=precision), jax.random.key(0))
 
 
+def _name(name: str, path: tuple[str, ...], count: int) -> str:
+    """A metric's name: its place is said where there are several."""
+    return name if count == 1 else f"{name}/{'_'.join(path)}"
+
+
 class _Decoder(nn.Module):
     config: Decoder
     precision: Precision
@@ -136,16 +192,11 @@ class _Decoder(nn.Module):
         if isinstance(c.position, Learned):
             axes = ("position", "embed")
             self.position = Embedding(c.position.max_length, c.d_model, axes, init, self.precision)
-        self.layers = stack(layers=c.layers, remat=c.remat, num_layers=c.num_layers)(
-            attention=c.attention,
-            mlp=c.mlp,
-            norm=c.norm,
-            d_model=c.d_model,
-            num_layers=c.num_layers,
-            weight_init=c.weight_init,
-            precision=self.precision,
-            platform=self.platform,
-        )
+        build = Build(c.d_model, c.num_layers, c.weight_init, self.precision, self.platform)
+        parts = dict(attention=c.attention, norm=c.norm, build=build, layers=c.layers, remat=c.remat)
+        if c.first:
+            self.first = stack(mlps=c.first[:1], repeats=len(c.first), **parts)
+        self.layers = stack(mlps=c.period, repeats=c.repeats, **parts)
         self.final_norm = c.norm.build(c.d_model, self.precision)
         if c.head == "untied":
             matrix = c.weight_init.matrix(c.d_model)
@@ -154,7 +205,7 @@ class _Decoder(nn.Module):
                 (c.d_model,), (c.vocab_size,), ("embed", "vocab"), matrix, precision, self.platform
             )
 
-    def forward(self, batch: Batch, cache: caches.Cache | None = None) -> Output:
+    def forward(self, batch: Batch, cache: caches.Cache | None = None, key: Array | None = None) -> Output:
         c, positions_BT = self.config, batch["positions"]
         x_BTD = self.embedding(batch["tokens"])
         if isinstance(c.position, Learned):
@@ -165,11 +216,37 @@ class _Decoder(nn.Module):
         rotary = None
         if isinstance(c.position, Rotary):
             rotary = rotary_tables(c.position, positions_BT, c.attention.width(c.d_model))
-        tokens = Tokens(positions_BT, batch["segment_ids"], rotary, cache.length if cache is not None else None)
-        x_BTD, layers = self.layers(x_BTD, cache.layers if cache is not None else None, tokens)
+        length = cache.length if cache is not None else None
+        tokens = Tokens(batch["tokens"], positions_BT, batch["segment_ids"], rotary, length, key)
+        x_BTD, layers, stats = self._blocks(x_BTD, cache.layers if cache is not None else None, tokens)
         if cache is not None:
             cache = caches.Cache(layers, cache.length + positions_BT.shape[1])
-        return Output(hidden=self.final_norm(x_BTD), cache=cache, aux={}, stats={})
+        moes = c.moes()
+        aux = {
+            _name(name, path, len(moes)): term
+            for path, config in moes.items()
+            for name, term in moe.losses(config, at(stats, path)).items()
+        }
+        return Output(hidden=self.final_norm(x_BTD), cache=cache, aux=aux, stats=stats)
+
+    def _blocks(self, x_BTD: Array, layers: Any, tokens: Tokens) -> tuple[Array, Any, Params]:
+        """Through the first layers, then through the repeated ones: caches [L, ...] and statistics by stack."""
+        c, stats, found = self.config, {}, []
+        for name, start, period in (("first", 0, 1), ("layers", len(c.first), len(c.period))):
+            repeats = (len(c.first) if name == "first" else c.num_layers - start) // period
+            if not repeats:
+                continue
+            mine = jax.tree.map(lambda x, a=start, n=repeats, p=period: x[a : a + n * p], layers)
+            if period > 1:
+                mine = jax.tree.map(lambda x, n=repeats: x.reshape(n, -1, *x.shape[1:]), mine)
+            run = getattr(self, name)
+            x_BTD, (mine, stats[name]) = run(x_BTD, mine, start + period * jnp.arange(repeats), tokens)
+            if period > 1:
+                mine = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mine)
+            found.append(mine)
+        if len(found) > 1:
+            found = [jax.tree.map(lambda *x: jnp.concatenate(x), *found)]
+        return x_BTD, found[0], stats
 
     def logits(self, hidden: Array) -> Array:
         """[..., D] -> [..., V]."""

@@ -83,6 +83,24 @@ def project(x: Array, *layers: Linear) -> list[Array]:
 
 
 @dataclass(frozen=True)
+class Build:
+    """What every part of a model is built with."""
+
+    d_model: int
+    num_layers: int
+    weight_init: WeightInit
+    precision: Precision
+    platform: str = "cpu"
+
+    def linear(
+        self, name: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...], axes: Axes, *, residual: bool = False
+    ) -> Linear:
+        """residual: it writes into the residual stream, and is drawn smaller for it."""
+        init = self.weight_init.matrix(math.prod(in_shape), residual_layers=self.num_layers if residual else 0)
+        return Linear(in_shape, out_shape, axes, init, self.precision, self.platform, name=name)
+
+
+@dataclass(frozen=True)
 class Norm:
     """Normalisation of the hidden state, statistics in float32.
 

@@ -8,11 +8,16 @@ import flax.linen as nn
 import jax
 
 from research.core.sharding import constrain
-from research.core.types import Array, Precision
-from research.models.layers import Linear, WeightInit, project
+from research.core.types import Array, Params
+from research.models.layers import Build, project
+from research.models.tokens import Tokens
 
-GATED = ("swiglu", "geglu")
+Activation = Literal["swiglu", "geglu", "gelu", "relu"]
 ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
+
+
+def is_gated(activation: Activation) -> bool:
+    return activation in ("swiglu", "geglu")
 
 
 @dataclass(frozen=True)
@@ -20,38 +25,28 @@ class Mlp:
     """d_ff: the inner width (of the gate and of the value each, where gated). GELU is the tanh form."""
 
     d_ff: int
-    activation: Literal["swiglu", "geglu", "gelu", "relu"] = "swiglu"
+    activation: Activation = "swiglu"
 
     @property
     def gated(self) -> bool:
-        return self.activation in GATED
+        return is_gated(self.activation)
 
-    def build(
-        self, d_model: int, num_layers: int, weight_init: WeightInit, precision: Precision, platform: str
-    ) -> nn.Module:
-        return _Mlp(self, d_model, num_layers, weight_init, precision, platform, name="mlp")
+    def build(self, build: Build, *, name: str = "mlp") -> nn.Module:
+        return _Mlp(self, build, name=name)
 
 
 class _Mlp(nn.Module):
     config: Mlp
-    d_model: int
-    num_layers: int
-    weight_init: WeightInit
-    precision: Precision
-    platform: str
+    build: Build
 
     @nn.compact
-    def __call__(self, x_BTD: Array) -> Array:
-        d_model, d_ff = self.d_model, self.config.d_ff
-
-        def up(name: str) -> Linear:
-            init = self.weight_init.matrix(d_model)
-            return Linear((d_model,), (d_ff,), ("embed", "mlp"), init, self.precision, self.platform, name=name)
-
+    def __call__(self, x_BTD: Array, tokens: Tokens) -> tuple[Array, Params]:
+        """The second result is a router's statistics: of a dense layer there are none."""
+        del tokens
+        sizes, axes = ((self.build.d_model,), (self.config.d_ff,)), ("embed", "mlp")
         names = ("gate", "up") if self.config.gated else ("up",)
-        inner = [constrain(y, "batch", "sequence", "act_mlp") for y in project(x_BTD, *map(up, names))]
+        layers = [self.build.linear(name, *sizes, axes) for name in names]
+        inner = [constrain(y, "batch", "sequence", "act_mlp") for y in project(x_BTD, *layers)]
         activation = ACTIVATIONS[self.config.activation]
         hidden_BTF = activation(inner[0]) * inner[1] if self.config.gated else activation(inner[0])
-        init = self.weight_init.matrix(d_ff, residual_layers=self.num_layers)
-        down = Linear((d_ff,), (d_model,), ("mlp", "embed"), init, self.precision, self.platform, name="down")
-        return down(hidden_BTF)
+        return self.build.linear("down", *sizes[::-1], axes[::-1], residual=True)(hidden_BTF), {}

@@ -5,13 +5,16 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from research.core.sharding import constrain
-from research.core.types import Array, Precision
-from research.models.attention import Attention, Tokens
+from research.core.types import Array, Params
+from research.models.attention import Attention
 from research.models.cache import LayerCache
-from research.models.layers import Norm, WeightInit
+from research.models.layers import Build, Norm
 from research.models.mlp import Mlp
+from research.models.moe import Moe
+from research.models.tokens import Tokens
 
 Remat = Literal["none", "full", "save_matmuls", "save_weight_matmuls"]
 POLICIES: dict[str, Any] = {
@@ -25,39 +28,83 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) (Xiong et al. 2020, pre-norm)."""
 
     attention: Attention
-    mlp: Mlp
+    mlp: Mlp | Moe
     norm: Norm
-    d_model: int
-    num_layers: int
-    weight_init: WeightInit
-    precision: Precision
-    platform: str
+    build: Build
 
     @nn.compact
-    def __call__(self, x_BTD: Array, cache: LayerCache | None, tokens: Tokens) -> tuple[Array, LayerCache | None]:
-        parts = (self.d_model, self.num_layers, self.weight_init, self.precision, self.platform)
-
+    def __call__(
+        self, x_BTD: Array, cache: LayerCache | None, index: Array, tokens: Tokens
+    ) -> tuple[Array, tuple[LayerCache | None, Params]]:
         def norm(name: str) -> nn.Module:
-            return self.norm.build(self.d_model, self.precision, name=name)
+            return self.norm.build(self.build.d_model, self.build.precision, name=name)
 
-        y_BTD, cache = self.attention.build(*parts)(norm("attention_norm")(x_BTD), tokens, cache)
+        if tokens.key is not None:
+            tokens = tokens._replace(key=jax.random.fold_in(tokens.key, index))
+        y_BTD, cache = self.attention.build(self.build)(norm("attention_norm")(x_BTD), tokens, cache)
         x_BTD = constrain(x_BTD + y_BTD, "batch", "sequence", "act_embed")
-        y_BTD = self.mlp.build(*parts)(norm("mlp_norm")(x_BTD))
-        return constrain(x_BTD + y_BTD, "batch", "sequence", "act_embed"), cache
+        y_BTD, found = self.mlp.build(self.build)(norm("mlp_norm")(x_BTD), tokens)
+        return constrain(x_BTD + y_BTD, "batch", "sequence", "act_embed"), (cache, found)
 
 
-def stack(*, layers: Literal["scanned", "unrolled"], remat: Remat, num_layers: int) -> Any:
-    """``Block`` repeated: parameters [L, ...] under one name whether scanned or unrolled.
+class Period(nn.Module):
+    """Blocks that differ in their feed-forward, one after the other: what a mixed stack repeats."""
 
-    Called with (x [B, T, D], layer caches [L, ...] or None, tokens) -> (x, caches).
+    blocks: tuple[Mlp | Moe, ...]
+    shared: tuple[Attention, Norm, Build]
+    remat: Remat
+    prevent_cse: bool
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Array, cache: LayerCache | None, index: Array, tokens: Tokens
+    ) -> tuple[Array, tuple[LayerCache | None, Params]]:
+        attention, norm, build = self.shared
+        block, caches, found = rematerialised(self.remat, self.prevent_cse), [], {}
+        for place, mlp in enumerate(self.blocks):
+            mine = jax.tree.map(lambda x, place=place: x[place], cache)
+            layer = block(attention, mlp, norm, build, name=block_name(place))
+            x_BTD, (mine, found[block_name(place)]) = layer(x_BTD, mine, index + place, tokens)
+            caches.append(mine)
+        return x_BTD, (None if cache is None else jax.tree.map(lambda *x: jnp.stack(x), *caches), found)
+
+
+def block_name(place: int) -> str:
+    return f"block{place}"
+
+
+def rematerialised(remat: Remat, prevent_cse: bool) -> Any:
+    """``Block`` with a choice of what its backward pass recomputes."""
+    return Block if remat == "none" else nn.remat(Block, policy=POLICIES[remat], prevent_cse=prevent_cse)
+
+
+def stack(
+    *,
+    mlps: tuple[Mlp | Moe, ...],
+    repeats: int,
+    attention: Attention,
+    norm: Norm,
+    build: Build,
+    layers: Literal["scanned", "unrolled"],
+    remat: Remat,
+) -> nn.Module:
+    """A block for each of ``mlps``, the whole repeated: parameters [repeats, ...] whether scanned or unrolled.
+
+    Called with (x [B, T, D], caches [repeats, ...] or None, layer indices [repeats], tokens) -> (x, (caches, router
+    statistics [repeats, ...])). A single kind of block stands under its own names, several under block0, block1, ...
     """
-    block = Block if remat == "none" else nn.remat(Block, policy=POLICIES[remat], prevent_cse=layers == "unrolled")
+    unrolled = layers == "unrolled"
+    if len(mlps) == 1:
+        body, fields = rematerialised(remat, unrolled), dict(attention=attention, mlp=mlps[0], norm=norm, build=build)
+    else:
+        shared = (attention, norm, build)
+        body, fields = Period, dict(blocks=mlps, shared=shared, remat=remat, prevent_cse=unrolled)
     return nn.scan(
-        block,
-        variable_axes={"params": 0},
+        body,
+        variable_axes={"params": 0, "buffers": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast),
-        length=num_layers,
-        unroll=num_layers if layers == "unrolled" else 1,
+        in_axes=(0, 0, nn.broadcast),
+        length=repeats,
+        unroll=repeats if unrolled else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
-    )
+    )(**fields)

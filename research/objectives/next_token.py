@@ -43,9 +43,10 @@ class NextToken:
         if self.chunk < 0 or not self.z_loss >= 0:
             raise UserError(f"chunk and z_loss must be at least 0; given {self.chunk} and {self.z_loss}.")
 
-    def __call__(self, policy: Policy, frozen: Mapping[str, Policy], batch: Batch, key: Array) -> Loss:
-        del frozen, key
-        hidden_BTD = policy.forward(batch).hidden
+    def __call__(self, policy: Policy, frozen: Mapping[str, Policy], batch: Batch, key: Array | None) -> Loss:
+        del frozen
+        output = policy.forward(batch, key=key)
+        hidden_BTD = output.hidden
         weights_BT = batch["weights"].astype(jnp.float32)
         sums = token_sums(policy.head(), hidden_BTD, batch["targets"], weights_BT, z_loss=self.z_loss, chunk=self.chunk)
         total = jnp.sum(weights_BT)
@@ -57,7 +58,8 @@ class NextToken:
         if "target_bytes" in batch:
             bits = sums.cross_entropy / jnp.log(2.0)
             metrics["bits_per_byte"] = WeightedSum(bits, jnp.sum(batch["target_bytes"]))
-        return Loss(terms={"next_token": Term(1.0, WeightedSum(sums.loss, total))}, metrics=metrics, stats={})
+        terms = {"next_token": Term(1.0, WeightedSum(sums.loss, total)), **output.aux}
+        return Loss(terms=terms, metrics=metrics, stats=output.stats)
 
 
 def token_sums(

@@ -92,6 +92,7 @@ def make_step(experiment: Experiment, tx: optax.GradientTransformation, *, platf
         if ema is not None:
             ema = jax.tree.map(lambda old, new: experiment.ema * old + (1 - experiment.ema) * new, ema, params)
         metrics = summarise(result)
+        metrics |= model.report(result.stats)
         metrics["learning_rate"] = learning_rate
         metrics |= norms("grad_norm", gradients) | norms("param_norm", params)
         new = TrainState(
@@ -128,7 +129,7 @@ def norms(name: str, tree: Params) -> Metrics:
         return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=tuple(range(keep, leaf.ndim)))
 
     parts = {
-        part: sum(squares(leaf, 1 if part == "layers" else 0) for leaf in jax.tree.leaves(subtree))
+        part: sum(squares(leaf, 1 if part in ("first", "layers") else 0) for leaf in jax.tree.leaves(subtree))
         for part, subtree in tree.items()
     }
     total = jnp.sqrt(sum(jnp.sum(part) for part in parts.values()))

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 
 from research.core.types import Precision
-from research.models.attention import Attention, Tokens
-from research.models.layers import WeightInit
+from research.models.attention import Attention
+from research.models.layers import Build, WeightInit
+from research.models.tokens import Tokens
 
 
 @pytest.mark.parametrize(("kv_heads", "length"), [(1, 48), (2, 128), (4, 128)])  # plain, and in blocks
 def test_the_layer_is_scaled_attention_between_its_projections(kv_heads, length):
-    layer = Attention(num_heads=4, num_kv_heads=kv_heads).build(32, 2, WeightInit(), Precision(), "cpu")
+    layer = Attention(num_heads=4, num_kv_heads=kv_heads).build(Build(32, 2, WeightInit(), Precision()))
     x_BTD = jax.random.normal(jax.random.key(0), (2, length, 32))
     positions = jnp.broadcast_to(jnp.arange(length)[None, :], (2, length))
-    tokens = Tokens(positions, jnp.ones_like(positions), None, None)
+    tokens = Tokens(positions, positions, jnp.ones_like(positions))
     params = jax.jit(layer.init)(jax.random.key(1), x_BTD, tokens, None)
     found, _ = jax.jit(lambda params: layer.apply(params, x_BTD, tokens, None))(params)
 

@@ -14,7 +14,9 @@ from research.core.types import Precision, UserError
 from research.models.attention import Attention
 from research.models.layers import Norm, WeightInit
 from research.models.mlp import Mlp
+from research.models.moe import Moe
 from research.models.positions import Learned, Rotary, Sinusoidal
+from research.models.routers import Sigmoid
 from tests import tiny
 
 VARIANTS = {
@@ -27,12 +29,16 @@ VARIANTS = {
         tiny.MODEL, attention=Attention(2, head_dim=24), position=Sinusoidal(), mlp=Mlp(48, "relu")
     ),
     "window": replace(tiny.MODEL, attention=Attention(4, window=5)),
+    "experts": replace(tiny.MODEL, mlp=Moe(4, 32)),
+    "dense first, then experts in every second layer": replace(
+        tiny.MODEL, num_layers=5, first=(Mlp(48),), mlp=(Mlp(48), Moe(4, 32, Sigmoid(k=2), shared_d_ff=16))
+    ),
 }
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def hidden(model, params, batch, cache=None):
-    return model.bind(params, {}, Precision()).forward(batch, cache)
+    return model.bind(params, model.init_buffers(), Precision()).forward(batch, cache)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -91,7 +97,7 @@ def mean_square(model, params):
 
     def loss(params):
         output = hidden(model, params, tiny.batch(rows=2)).hidden
-        return jnp.mean(jnp.square(model.bind(params, {}, Precision()).logits(output)))
+        return jnp.mean(jnp.square(model.bind(params, model.init_buffers(), Precision()).logits(output)))
 
     return jax.value_and_grad(loss)(params)
 
@@ -174,7 +180,7 @@ def test_layers_start_out_different():
 def test_head_is_the_logits_and_holds_its_own_parameters_only(model):
     params = params_of(model)
     bound, x = (
-        model.bind(params, {}, Precision()),
+        model.bind(params, model.init_buffers(), Precision()),
         jax.random.normal(jax.random.key(0), (3, 5, model.d_model)),
     )
     np.testing.assert_array_equal(bound.head()(x), bound.logits(x))

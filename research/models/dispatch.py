@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From tokens to experts and back: sorted rows without drops, or buffers of fixed capacity."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from research.core.types import Array
+from research.models.routers import Routing
+
+Experts = Callable[[Array, Array], Array]  # ([M, D] sorted rows, [E] group sizes) -> [M, D]
+Buffered = Callable[[Array], Array]  # [G, E, C, D] -> [G, E, C, D]
+
+
+def by_sorting(x_GTD: Array, routing: Routing, experts: Experts, *, num_experts: int, align: int) -> Array:
+    """Every kept assignment, in rows sorted by expert: nothing is dropped but what the router dropped.
+
+    x [G, T, D]; routing [G, A]. ``experts`` gets M rows, each expert's padded to a multiple of ``align``.
+    """
+    groups, tokens, width = x_GTD.shape
+    flat = lambda x: x.reshape(-1)  # noqa: E731
+    row = flat(routing.token + tokens * jnp.arange(groups)[:, None])
+    expert = jnp.where(flat(routing.kept), flat(routing.expert), num_experts)
+    sizes_E = jnp.sum(expert[:, None] == jnp.arange(num_experts)[None, :], axis=0)
+    padded_E = -(-sizes_E // align) * align
+    rows = -(-(expert.size + num_experts * (align - 1)) // align) * align
+    order = jnp.argsort(expert, stable=True)
+    expert_sorted = expert[order]
+    shift_E = jnp.cumsum(padded_E) - padded_E - (jnp.cumsum(sizes_E) - sizes_E)
+    kept = expert_sorted < num_experts
+    place = jnp.where(
+        kept, jnp.arange(expert.size) + shift_E[jnp.minimum(expert_sorted, num_experts - 1)], rows
+    )  # the sorted assignment's row; beyond the rows where it is not kept
+    source = jnp.full((rows,), groups * tokens).at[place].set(row[order], mode="drop")
+    gate = jnp.zeros((rows,), jnp.float32).at[place].set(flat(routing.gate)[order], mode="drop")
+    x_MD = jnp.take(x_GTD.reshape(-1, width), source, axis=0, mode="fill", fill_value=0)
+    y_MD = experts(x_MD, padded_E) * gate.astype(x_MD.dtype)[:, None]
+    return jnp.zeros((groups * tokens, width), y_MD.dtype).at[source].add(y_MD, mode="drop").reshape(x_GTD.shape)
+
+
+def by_buffers(x_GTD: Array, routing: Routing, experts: Buffered, *, num_experts: int, capacity: int) -> Array:
+    """Buffers [G, E, C, D] with one slot for each token that an expert takes of a group.
+
+    An expert has no more than ``capacity`` kept assignments in a group.
+    """
+    groups, tokens, width = x_GTD.shape
+
+    def slots(one: Routing) -> tuple[Array, Array]:
+        hits = (one.expert[:, None] == jnp.arange(num_experts)[None, :]) & one.kept[:, None]
+        rank = jnp.take_along_axis(jnp.cumsum(hits, axis=0), one.expert[:, None], axis=1)[:, 0] - 1
+        place = jnp.where(one.kept, one.expert * capacity + rank, num_experts * capacity)
+        source = jnp.full((num_experts * capacity,), tokens).at[place].set(one.token, mode="drop")
+        return source, jnp.zeros(source.shape, jnp.float32).at[place].set(one.gate, mode="drop")
+
+    source, gate = jax.vmap(slots)(routing)
+    take = jax.vmap(lambda x_TD, index: jnp.take(x_TD, index, axis=0, mode="fill", fill_value=0))
+    x_GECD = take(x_GTD, source).reshape(groups, num_experts, capacity, width)
+    y_GSD = experts(x_GECD).reshape(groups, -1, width) * gate.astype(x_GTD.dtype)[:, :, None]
+    add = jax.vmap(lambda index, y_SD: jnp.zeros((tokens, width), y_SD.dtype).at[index].add(y_SD, mode="drop"))
+    return add(source, y_GSD)

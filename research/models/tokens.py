@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every layer may know of the tokens in hand."""
+
+from typing import NamedTuple
+
+from research.core.types import Array
+
+
+class Tokens(NamedTuple):
+    """The same for every layer.
+
+    ids, positions and segments [B, T], segment 0 is padding; rotary: sines and cosines or None; length [B]: filled
+    cache slots or None; key: for random choices in training, or None.
+    """
+
+    ids: Array
+    positions: Array
+    segments: Array
+    rotary: tuple[Array, Array] | None = None
+    length: Array | None = None
+    key: Array | None = None

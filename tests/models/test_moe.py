@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert layers against a loop over experts, and what the field got wrong before."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.core.types import Precision, UserError
+from research.models import moe
+from research.models.grouped_matmul import BLOCK, grouped_matmul
+from research.models.layers import Build, WeightInit
+from research.models.moe import Moe
+from research.models.routers import ExpertChoice, Gshard, Hash, Sigmoid, Switch, TopK
+from research.models.tokens import Tokens
+
+WIDTH = 16
+MOE = Moe(num_experts=4, d_ff=24, router=TopK(2))
+VARIANTS = {
+    "topk": MOE,
+    "gelu": replace(MOE, activation="gelu"),
+    "shared": replace(MOE, shared_d_ff=12),
+    "deepseek": replace(MOE, router=Sigmoid(k=2, groups=2, top_groups=1)),
+    "switch": replace(MOE, router=Switch(0.75)),
+    "switch buffers": replace(MOE, router=Switch(0.75), dispatch="buffers"),
+    "gshard buffers": replace(MOE, router=Gshard(0.75, random_second=False), dispatch="buffers"),
+    "expert choice": replace(MOE, router=ExpertChoice(1.5)),
+    "expert choice buffers": replace(MOE, router=ExpertChoice(1.5), dispatch="buffers"),
+    "hash": replace(MOE, router=Hash()),
+}
+
+
+def tokens(*, rows=3, length=40, padding=5):
+    positions = jnp.broadcast_to(jnp.arange(length)[None, :], (rows, length))
+    ids = jax.random.randint(jax.random.key(7), (rows, length), 0, 100)
+    return Tokens(ids, positions, (positions < length - padding).astype(jnp.int32))
+
+
+@functools.cache
+def layer(config):
+    module = config.build(Build(WIDTH, 2, WeightInit(), Precision()))
+    x_BTD = jax.random.normal(jax.random.key(0), (3, 40, WIDTH))
+    variables = jax.jit(module.init)(jax.random.key(1), x_BTD, tokens())
+    variables = jax.tree.map(lambda box: getattr(box, "value", box), variables, is_leaf=lambda x: hasattr(x, "value"))
+    return module, variables, x_BTD
+
+
+def by_hand(config, params, x_BTD, where):
+    """Every expert on every token, weighed by the gates that the router gave: no dispatch at all."""
+    bias_E = jnp.zeros(config.num_experts) if config.router.bias_rate else None
+    logits_BTE = x_BTD @ params["router"]
+    routing = jax.vmap(lambda logits, real, ids: config.router(moe.Group(logits, real, ids, bias_E, None)))(
+        logits_BTE, where.segments > 0, where.ids
+    )
+    hits = jax.nn.one_hot(routing.expert, config.num_experts) * routing.gate[..., None]
+    gates_BTE = jax.vmap(lambda t, h: jnp.zeros((x_BTD.shape[1], config.num_experts)).at[t].add(h))(routing.token, hits)
+    activation = moe.ACTIVATIONS[config.activation]
+    y_BTD = jnp.zeros_like(x_BTD)
+    for e in range(config.num_experts):
+        up = x_BTD @ params["up"][e]
+        inner = activation(x_BTD @ params["gate"][e]) * up if config.gated else activation(up)
+        y_BTD += gates_BTE[:, :, e, None] * (inner @ params["down"][e])
+    if config.shared is not None:
+        p = params["shared"]
+        y_BTD += (jax.nn.silu(x_BTD @ p["gate"]["w"]) * (x_BTD @ p["up"]["w"])) @ p["down"]["w"]
+    return y_BTD
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_layer_is_the_loop_over_its_experts(name):
+    """Values and gradients, of parameters and input."""
+    module, variables, x_BTD = layer(VARIANTS[name])
+
+    def loss(run, params, x_BTD):
+        return jnp.sum(jnp.square(run(params, x_BTD)))
+
+    def fast(params, x_BTD):
+        return module.apply({**variables, "params": params}, x_BTD, tokens())[0]
+
+    def slow(params, x_BTD):
+        return by_hand(VARIANTS[name], params, x_BTD, tokens())
+
+    found, wanted = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, run), argnums=(0, 1)))(variables["params"], x_BTD)
+        for run in (fast, slow)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "ragged"])
+@pytest.mark.parametrize("sizes", [(2, 0, 1, 1), (0, 0, 0, 0), (0, 5, 0, 0), (1, 1, 1, 1)])
+def test_grouped_products_are_plain(implementation, sizes):
+    """With empty experts and rows that are nobody's; gradients too."""
+    sizes_E = BLOCK * jnp.asarray(sizes)
+    x_MD = jax.random.normal(jax.random.key(0), (5 * BLOCK, 8))
+    w_EDF = jax.random.normal(jax.random.key(1), (4, 8, 6))
+    c_MF = jax.random.normal(jax.random.key(2), (5 * BLOCK, 6))
+
+    def both(implementation):
+        run = functools.partial(grouped_matmul, sizes_E=sizes_E, implementation=implementation)
+        return run(x_MD, w_EDF), jax.grad(lambda x, w: jnp.sum(c_MF * run(x, w)), argnums=(0, 1))(x_MD, w_EDF)
+
+    found, wanted = both(implementation), both("plain")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, wanted)
+
+
+def test_an_expert_without_tokens_gets_a_zero_finite_gradient():
+    module, variables, x_BTD = layer(MOE)
+    params = dict(variables["params"])
+    x_BTD = jnp.abs(x_BTD)
+    params["router"] = jnp.abs(params["router"]).at[:, 2].set(-1.0)
+    loss = jax.jit(lambda p: jnp.sum(jnp.square(module.apply({"params": p}, x_BTD, tokens())[0])))
+    gradient = jax.jit(jax.grad(loss))(params)
+    for name in ("gate", "up", "down"):
+        assert not np.asarray(gradient[name][2]).any() and np.asarray(gradient[name][0]).any()
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_padding_is_not_counted_and_changes_nothing():
+    module, variables, x_BTD = layer(MOE)
+    y_BTD, found = module.apply(variables, x_BTD, tokens())
+    other = x_BTD.at[:, -5:].set(100.0)
+    y_other, found_other = module.apply(variables, other, tokens())
+    np.testing.assert_array_equal(y_BTD, y_other)
+    jax.tree.map(np.testing.assert_array_equal, found, found_other)
+    assert found["tokens"] == 3 * 35 and found["load"].sum() == 2 * 3 * 35
+
+
+def test_balance_is_one_when_even_and_the_number_of_experts_when_not():
+    def of(load, probability):
+        found = {"wanted": jnp.asarray([load]), "probability": jnp.asarray([probability]), "tokens": jnp.asarray([8.0])}
+        return float(moe.losses(replace(MOE, balance=1.0), found)["balance"].value.sum)
+
+    assert of([4.0] * 4, [2.0] * 4) == pytest.approx(1.0)
+    assert of([16.0, 0, 0, 0], [8.0, 0, 0, 0]) == pytest.approx(4.0)
+
+
+def test_the_report_says_how_even_the_load_is():
+    found = {
+        "load": jnp.asarray([[4.0, 4, 4, 4], [12, 0, 0, 0]]),
+        "wanted": jnp.asarray([[4.0, 4, 4, 4], [16, 0, 0, 0]]),
+        "confidence": jnp.asarray([4.0, 8.0]),
+        "tokens": jnp.asarray([8.0, 8.0]),
+    }
+    said = moe.report(found)
+    np.testing.assert_allclose(said["router/load_entropy"], [1, 0], atol=1e-6)
+    np.testing.assert_allclose(said["router/max_load"], [1, 4], rtol=1e-6)
+    np.testing.assert_allclose(said["router/dropped"], [0, 0.25], atol=1e-6)
+    np.testing.assert_allclose(said["router/confidence"], [0.5, 1], rtol=1e-6)
+
+
+def test_loss_free_bias_evens_out_a_skewed_load():
+    """Logits that favour expert 0 by far: within 10% of uniform in 400 updates, and still so 50 later."""
+    router = Sigmoid(k=2, bias_rate=0.005)
+    logits = jax.random.normal(jax.random.key(0), (4096, 8)) + jnp.asarray([[3.0, 2, 1, 0, 0, -1, -2, -3]])
+    real, ids = jnp.ones(4096, bool), jnp.zeros(4096, jnp.int32)
+
+    def once(bias, _):
+        routing = router(moe.Group(logits, real, ids, bias, None))
+        load = jnp.sum(jax.nn.one_hot(routing.expert, 8), axis=0)
+        return moe.rebalanced(router.bias_rate, bias, load), load / jnp.mean(load)
+
+    bias, loads = jax.lax.scan(once, jnp.zeros(8), None, length=450)
+    assert np.asarray(loads[0]).max() > 3
+    assert np.abs(np.asarray(loads[400:]) - 1).max() < 0.1
+    assert abs(float(bias.mean())) < 1e-5
+
+
+def test_buffers_without_a_capacity_are_refused():
+    with pytest.raises(UserError, match="capacity_factor"):
+        Moe(num_experts=4, d_ff=8, dispatch="buffers")

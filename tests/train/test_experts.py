@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert models in the training step: meshes, microbatches and recomputation change neither losses nor loads."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from research.core.sharding import MeshSpec
+from research.models.mlp import Mlp
+from research.models.moe import Moe
+from research.models.routers import Sigmoid
+from tests import tiny
+from tests.train.test_step import assert_same, gradients, one_step
+
+EXPERTS = Moe(4, 32, Sigmoid(k=2, bias_rate=0.01), balance=0.01, z_loss=1e-3)
+MODEL = replace(tiny.MODEL, num_layers=4, mlp=(Mlp(64), EXPERTS))
+
+
+def experiment(*, balance=0.01, **changes):
+    model = replace(MODEL, mlp=(Mlp(64), replace(EXPERTS, balance=balance)), **changes.pop("model", {}))
+    return tiny.experiment(model=model, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return {balance: gradients(experiment(balance=balance)) for balance in (0.0, 0.01)}
+
+
+@pytest.fixture(scope="module")
+def after_one_step():
+    return one_step(experiment(balance=0.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_every_mesh_is_one_device(whole, shape):
+    """The balance loss is of the whole batch, however it is spread."""
+    assert_same(gradients(experiment(), MeshSpec(*shape)), whole[0.01], loss=1e-6, gradient=2e-5)
+
+
+@pytest.mark.slow
+def test_microbatches_are_the_whole_batch_but_for_the_balance_loss(whole, after_one_step):
+    """Loads are summed over the microbatches before the bias moves, once."""
+    split = experiment(balance=0.0, accumulate=4)
+    assert_same(gradients(split), whole[0.0], loss=1e-6, gradient=2e-5)
+    buffers = one_step(split)[2].buffers
+    jax.tree.map(np.testing.assert_array_equal, buffers, after_one_step[2].buffers)
+    assert np.abs(buffers["layers"]["block1"]["mlp"]["bias"]).max() > 0
+
+
+@pytest.mark.slow
+def test_recomputation_counts_a_load_once(after_one_step):
+    _, _, state, metrics = one_step(experiment(balance=0.0, model={"remat": "full"}))
+    jax.tree.map(np.testing.assert_array_equal, state.buffers, after_one_step[2].buffers)
+    np.testing.assert_allclose(metrics["router/max_load"], after_one_step[3]["router/max_load"])
+
+
+def test_the_record_says_how_each_router_does(after_one_step):
+    metrics = after_one_step[3]
+    for name in ("load_entropy", "max_load", "dropped", "confidence"):
+        assert metrics[f"router/{name}"].shape == (2,)
+    assert metrics["loss"] == pytest.approx(metrics["loss/next_token"] + metrics["loss/router_z"], rel=1e-6)
