@@ -10,6 +10,7 @@ from launch.host import OUT_OF_SPACE
 from launch.study import Study, told
 from research.core.types import UserError
 from research.data.pipeline import TextSource
+from research.scaling.ladder import TOLERANCE
 from research.scaling.table import write_csv
 from research.train.checkpoint import brief
 from research.train.experiment import Experiment, Flops
@@ -63,7 +64,7 @@ def off_length(experiment: Experiment) -> str:
     if not isinstance(experiment.length, Flops):
         return ""
     off = experiment.flops / experiment.length.count - 1
-    return f" ({off:+.1%} against its length of {experiment.length.count:.3g})" if abs(off) > 0.01 else ""
+    return f" ({off:+.1%} against its length of {experiment.length.count:.3g})" if abs(off) > TOLERANCE else ""
 
 
 def analyze(study: Study, directory: Path) -> None:

@@ -133,6 +133,10 @@ class Source(Protocol):
     batch_size: int
     sequence_length: int
 
+    def vocab_size(self, cache_dir: Path) -> int:
+        """How many token ids its batches may hold."""
+        ...
+
     def start(self, context: Context) -> Stream: ...
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from research.core.files import write_atomically
 from research.core.types import UserError
 
 T = TypeVar("T")
@@ -144,10 +145,7 @@ def files_hash(files: Sequence[tuple[str, Path]], *, cache_dir: Path | None = No
         _hashes[key] = _hash_contents(files)
         if note is not None:
             with contextlib.suppress(OSError):  # a note that cannot be written only costs the next start time
-                note.parent.mkdir(parents=True, exist_ok=True)
-                temporary = note.with_name(f"{note.name}.{uuid.uuid4().hex[:8]}")
-                temporary.write_text(_hashes[key])
-                os.replace(temporary, note)
+                write_atomically(note, _hashes[key])
     return _hashes[key], total
 
 

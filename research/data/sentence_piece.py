@@ -40,6 +40,9 @@ class SentencePieceTokenizer(Tokenizer):
         ids = {self._processor.piece_to_id(f"<0x{value:02X}>"): value for value in range(256)}
         return np.array(sorted(ids, key=ids.__getitem__), np.int32)
 
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         sizes = [len(utf8(text)) for text in texts]
         plain = [i for i, text in enumerate(texts) if SPACE_MARK not in text]

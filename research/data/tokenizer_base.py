@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a tokenizer is: pieces of bytes by id, and the interface of the settings that train one."""
 
+import abc
 import base64
 import functools
 import hashlib
@@ -22,7 +23,7 @@ class TokenizerError(UserError):
     """A tokenizer that cannot be trained, or text or ids that it cannot take."""
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """Text to ids and back. Its behaviour is all in ``pieces`` and, for some kinds, ``model``.
 
     pieces: the UTF-8 bytes that each id stands for; empty for the special ids.
@@ -49,13 +50,13 @@ class Tokenizer:
         digest.update(self.model)
         return digest.hexdigest()[:24]
 
+    @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """Ids [tokens] int32 of a text, without special ids; whatever stands in the text is text."""
-        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """``encode`` of each text; several cores where that helps."""
-        return [self._encode(text) for text in texts]
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special ids give nothing, bytes that are not UTF-8 U+FFFD."""
@@ -67,9 +68,6 @@ class Tokenizer:
                     f"to {len(self.pieces) - 1}."
                 )
         return b"".join([self.pieces[i] for i in ids]).decode("utf-8", errors="replace")
-
-    def _encode(self, text: str) -> np.ndarray:
-        raise NotImplementedError
 
     def save(self, folder: Path) -> None:
         """Writes ``tokenizer.json`` into an existing folder."""

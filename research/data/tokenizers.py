@@ -41,7 +41,7 @@ LONGEST_LINE = 2000
 class ByteTokenizer(Tokenizer):
     kind = "bytes"
 
-    def _encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(utf8(text), np.uint8).astype(np.int32) + len(SPECIALS)
 
 
@@ -58,7 +58,7 @@ class CharacterTokenizer(Tokenizer):
         table[codes] = np.arange(first, first + len(codes))
         return table
 
-    def _encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> np.ndarray:
         utf8(text)
         codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
         ids = self._table[codes]

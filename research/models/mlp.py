@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feed-forward layers: plain (ReLU, GELU) and gated (SwiGLU, GEGLU; Shazeer 2020)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,12 @@ ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu,
 
 def is_gated(activation: Activation) -> bool:
     return activation in ("swiglu", "geglu")
+
+
+def activated(activation: Activation, inner: Sequence[Array]) -> Array:
+    """inner: what the gate and the up projection give, or the up projection alone."""
+    first = ACTIVATIONS[activation](inner[0])
+    return first * inner[1] if is_gated(activation) else first
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,5 @@ class _Mlp(nn.Module):
         names = ("gate", "up") if self.config.gated else ("up",)
         layers = [self.build.linear(name, *sizes, axes) for name in names]
         inner = [constrain(y, "batch", "sequence", "act_mlp") for y in project(x_BTD, *layers)]
-        activation = ACTIVATIONS[self.config.activation]
-        hidden_BTF = activation(inner[0]) * inner[1] if self.config.gated else activation(inner[0])
+        hidden_BTF = activated(self.config.activation, inner)
         return self.build.linear("down", *sizes[::-1], axes[::-1], residual=True)(hidden_BTF), {}

@@ -16,7 +16,7 @@ from research.core.types import Array, Metrics, Params, Term, UserError, Weighte
 from research.models import dispatch
 from research.models.grouped_matmul import GroupedMatmul, alignment, grouped_matmul
 from research.models.layers import Build, param
-from research.models.mlp import ACTIVATIONS, Activation, Mlp, is_gated
+from research.models.mlp import Activation, Mlp, activated, is_gated
 from research.models.routers import Group, RouterKind, Routing, TopK, capacity
 from research.models.tokens import Tokens
 
@@ -131,16 +131,12 @@ class _Moe(nn.Module):
             inner = jnp.split(product(x_MD, jnp.concatenate(into, axis=-1)), len(into), axis=-1)
         else:
             inner = [product(x_MD, w) for w in into]
-        return product(self._activated(inner), down)
+        return product(activated(self.config.activation, inner), down)
 
     def _buffered(self, x_GECD: Array, weights: tuple[Array, ...]) -> Array:
         *into, down = weights
-        inner = self._activated([jnp.einsum("GECD,EDF->GECF", x_GECD, w) for w in into])
+        inner = activated(self.config.activation, [jnp.einsum("GECD,EDF->GECF", x_GECD, w) for w in into])
         return jnp.einsum("GECF,EFD->GECD", inner, down)
-
-    def _activated(self, inner: list[Array]) -> Array:
-        activation = ACTIVATIONS[self.config.activation]
-        return activation(inner[0]) * inner[1] if self.config.gated else activation(inner[0])
 
 
 def _each(init: Any) -> Any:

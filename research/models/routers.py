@@ -9,7 +9,7 @@ number of tokens. In this room T counts the tokens of a group, A its assignments
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -90,37 +90,25 @@ class TopK:
         return limited(by_token(group, experts, gates, probabilities), self)
 
 
-@dataclass(frozen=True)
-class Switch:
-    """The likeliest expert alone, with its probability as the gate (Fedus et al. 2021, eq. 2), up to a capacity
-    of ``capacity_factor * T / E`` tokens; later tokens are dropped. 0: no capacity."""
+def switch(capacity_factor: float = 1.25) -> TopK:
+    """The likeliest expert alone, with its probability as the gate (Fedus et al. 2021, eq. 2); tokens beyond an
+    expert's capacity are dropped."""
+    return TopK(1, renormalise=False, capacity_factor=capacity_factor)
 
-    capacity_factor: float = 1.25
-    bias_rate: float = 0.0
 
-    @property
-    def per_token(self) -> float:
-        return 1
-
-    def check(self, num_experts: int) -> None:
-        _check_k(1, num_experts)
-
-    def __call__(self, group: Group) -> Routing:
-        probabilities = jax.nn.softmax(group.logits, axis=-1)
-        experts = _top(group.logits, 1)
-        gates = jnp.take_along_axis(probabilities, experts, axis=1)
-        return limited(by_token(group, experts, gates, probabilities), self)
+def glam(capacity_factor: float = 1.25) -> TopK:
+    """The two likeliest experts up to a capacity, first choices before second ones (Du et al. 2021)."""
+    return TopK(2, capacity_factor=capacity_factor)
 
 
 @dataclass(frozen=True)
 class Gshard:
     """The two likeliest experts with gates normalised over the two, the second taken with probability
-    min(1, 2 g2) (Lepikhin et al. 2020, algorithm 1; Du et al. 2021, GLaM, takes it always: random_second=False), up
-    to ``capacity_factor * 2 T / E`` tokens an expert, first choices before second ones. 0: no capacity."""
+    min(1, 2 g2) (Lepikhin et al. 2020, algorithm 1), first choices before second ones. Without a key (evaluation)
+    the second is taken always."""
 
     capacity_factor: float = 1.0
-    random_second: bool = True
-    bias_rate: float = 0.0
+    bias_rate: ClassVar[float] = 0.0
 
     @property
     def per_token(self) -> float:
@@ -130,13 +118,10 @@ class Gshard:
         _check_k(2, num_experts)
 
     def __call__(self, group: Group) -> Routing:
-        probabilities = jax.nn.softmax(group.logits, axis=-1)
-        experts = _top(group.logits, 2)
-        gates = jnp.take_along_axis(probabilities, experts, axis=1)
-        gates = gates / jnp.sum(gates, axis=1, keepdims=True)
-        routing = by_token(group, experts, gates, probabilities)
-        if self.random_second and group.key is not None:
-            second = jax.random.uniform(group.key, gates.shape[:1]) < 2 * gates[:, 1]
+        routing = TopK(2)(group)
+        if group.key is not None:
+            second_gate = routing.gate.reshape(2, -1)[1]
+            second = jax.random.uniform(group.key, second_gate.shape) < 2 * second_gate
             wanted = routing.wanted & jnp.concatenate([jnp.ones_like(second), second])
             routing = taken(routing, wanted)
         return limited(routing, self)
@@ -203,7 +188,7 @@ class ExpertChoice:
     """
 
     capacity_factor: float = 2.0
-    bias_rate: float = 0.0
+    bias_rate: ClassVar[float] = 0.0
 
     @property
     def per_token(self) -> float:
@@ -238,7 +223,7 @@ class Hash:
 
     seed: int = 0
     capacity_factor: float = 0.0
-    bias_rate: float = 0.0
+    bias_rate: ClassVar[float] = 0.0
 
     @property
     def per_token(self) -> float:
@@ -256,7 +241,7 @@ class Hash:
         return limited(by_token(group, experts, jnp.ones(experts.shape), probabilities), self)
 
 
-RouterKind = TopK | Switch | Gshard | Sigmoid | ExpertChoice | Hash
+RouterKind = TopK | Gshard | Sigmoid | ExpertChoice | Hash
 
 
 def by_token(group: Group, experts: Array, gates: Array, probabilities: Array) -> Routing:

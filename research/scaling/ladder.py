@@ -19,6 +19,8 @@ from research.train.experiment import Experiment, Flops
 Models = Mapping[str, Decoder] | Sequence[Decoder]
 FEWEST_SIZES = 3  # a parabola through fewer says nothing
 
+TOLERANCE = 0.01  # by how much a run's FLOPs may miss its budget
+
 
 def isoflop(
     base: Experiment,
@@ -28,7 +30,7 @@ def isoflop(
     tokens_per_param: tuple[float, float] | None = None,
     parameters: ParameterCount = "total",
     adjust: Callable[[Experiment], Experiment] | None = None,
-    tolerance: float = 0.01,
+    tolerance: float = TOLERANCE,
     min_steps: int = 100,
 ) -> dict[str, Experiment]:
     """Experiments by name (``c1.6e11-n36k``): every model at every budget (FLOPs), each within ``tolerance``
@@ -64,7 +66,7 @@ def isoflop(
     return experiments
 
 
-def check_budget(experiment: Experiment, *, budget: float, tolerance: float = 0.01, min_steps: int = 100) -> None:
+def check_budget(experiment: Experiment, *, budget: float, tolerance: float = TOLERANCE, min_steps: int = 100) -> None:
     """Raises UserError where the run's exact FLOPs miss the budget by more than ``tolerance``, or its steps
     are few."""
     step = experiment.tokens_per_step * experiment.flops_per_token

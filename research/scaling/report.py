@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from research.core.files import write_atomically
 from research.core.types import UserError
 from research.scaling import page, plots
 from research.scaling.fit import Fit, Interval, Points, bootstrap, fit_law
@@ -23,7 +24,7 @@ from research.scaling.recommend import (
     recommend,
     recommend_from_isoflop,
 )
-from research.scaling.table import ParameterCount, Run, Table, write_atomically, write_csv
+from research.scaling.table import ParameterCount, Run, Table, write_csv
 from research.train import metrics
 
 FEWEST_BUDGETS = 2

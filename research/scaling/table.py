@@ -8,14 +8,13 @@ import csv
 import dataclasses
 import io
 import math
-import os
-import tempfile
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from research.core.files import write_atomically
 from research.core.types import UserError
 
 Status = Literal["finished", "running", "interrupted", "changed", "failed", "diverged", "missing"]
@@ -174,18 +173,3 @@ def _number(text: str, kind: type, column: str, where: str) -> int | float:
         return int(text) if text.lstrip("+-").isdigit() else int(round(float(text)))
     except (ValueError, OverflowError):
         raise UserError(f"{where}: the {column} is {text!r}, which is not a number.") from None
-
-
-def write_atomically(path: Path | str, content: str | bytes) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never a part. Makes the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -8,6 +8,7 @@ number for a name is a whole checkpoint.
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,11 @@ def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any], directory:
 
 
 def check_model(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
-    """Raises CheckpointError naming what differs between a checkpoint's model, or optimizer, and those of a record."""
+    """Raises CheckpointError naming what a checkpoint's model or optimizer have other than a record's."""
     saved = read_item(path, "experiment")
-    found = [line for line in changes(saved, record) if line.startswith(("model.", "optimizer.", "precision."))]
+    found = [
+        line for line in changes(saved, record) if re.split("[.:]", line)[0] in ("model", "optimizer", "precision")
+    ]
     if found:
         raise CheckpointError(
             f"{path} belongs to other settings ({'; '.join(found)}): take them over, or give "

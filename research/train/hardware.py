@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from research.core.files import write_atomically
+
 # Peak dense bfloat16 FLOP/s of one device as JAX counts devices (a chip; on v4 and v5p both cores of a chip),
 # by ``device_kind``. TPU: cloud.google.com/tpu/docs/system-architecture-tpu-vm; NVIDIA: the products' data sheets.
 PEAK_FLOPS = {
@@ -53,10 +55,7 @@ def cpu_matmul_rate(device: Any, cache_dir: Path) -> float:
             return remembered
     rate = measure_matmul_rate(device)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a measurement, not the run
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"flops_per_second": rate}))
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps({"flops_per_second": rate}))
     return rate
 
 

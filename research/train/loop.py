@@ -3,7 +3,6 @@
 checkpoint, to its end."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,8 @@ import jax
 import numpy as np
 
 from research.core import sharding
+from research.core.files import write_atomically
 from research.core.types import Context, EvalRun, Stream, UserError
-from research.data.pipeline import TextSource
 from research.scaling import cost
 from research.train import hardware, metrics, provenance
 from research.train.checkpoint import Checkpointer, check_unchanged
@@ -56,7 +55,7 @@ def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, 
         context = Context(mesh=mesh, seed=experiment.seed, cache_dir=options.cache_dir)
         stream = experiment.source.start(context)
         for source in experiment.sources:
-            size = source.vocab_size(options.cache_dir) if isinstance(source, TextSource) else 0
+            size = source.vocab_size(options.cache_dir)
             experiment.model.check(sequence_length=source.sequence_length, vocab_size=size)
         program = Program(experiment, mesh)
         evals = [evaluation.start(context) for evaluation in experiment.evals]
@@ -167,7 +166,4 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(value, indent=2) + "\n")

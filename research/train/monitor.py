@@ -77,7 +77,7 @@ class Monitor:
         bad = [name for name in MUST_BE_FINITE if not math.isfinite(float(values[name]))]
         due = bool(bad) or step == 1 or step % experiment.log_every == 0 or step == experiment.steps
         steps = step - self._stretch[0]
-        if step == self._first or (due and (steps >= min(experiment.log_every, SHORT) or not self._speed)):
+        if step == self._first or (due and steps >= min(experiment.log_every, SHORT)):
             # over the steps since then: one short step alone would measure when this host looked
             seconds = self._stretch[1] / steps
             self._stretch = [step, 0.0]

@@ -13,8 +13,9 @@ from research.core.types import Precision, UserError
 from research.models import moe
 from research.models.grouped_matmul import BLOCK, grouped_matmul
 from research.models.layers import Build, WeightInit
+from research.models.mlp import ACTIVATIONS
 from research.models.moe import Moe
-from research.models.routers import ExpertChoice, Gshard, Hash, Sigmoid, Switch, TopK
+from research.models.routers import ExpertChoice, Hash, Sigmoid, TopK, glam, switch
 from research.models.tokens import Tokens
 
 WIDTH = 16
@@ -24,9 +25,9 @@ VARIANTS = {
     "gelu": replace(MOE, activation="gelu"),
     "shared": replace(MOE, shared_d_ff=12),
     "deepseek": replace(MOE, router=Sigmoid(k=2, groups=2, top_groups=1)),
-    "switch": replace(MOE, router=Switch(0.75)),
-    "switch buffers": replace(MOE, router=Switch(0.75), dispatch="buffers"),
-    "gshard buffers": replace(MOE, router=Gshard(0.75, random_second=False), dispatch="buffers"),
+    "switch": replace(MOE, router=switch(0.75)),
+    "switch buffers": replace(MOE, router=switch(0.75), dispatch="buffers"),
+    "gshard buffers": replace(MOE, router=glam(0.75), dispatch="buffers"),
     "expert choice": replace(MOE, router=ExpertChoice(1.5)),
     "expert choice buffers": replace(MOE, router=ExpertChoice(1.5), dispatch="buffers"),
     "hash": replace(MOE, router=Hash()),
@@ -57,7 +58,7 @@ def by_hand(config, params, x_BTD, where):
     )
     hits = jax.nn.one_hot(routing.expert, config.num_experts) * routing.gate[..., None]
     gates_BTE = jax.vmap(lambda t, h: jnp.zeros((x_BTD.shape[1], config.num_experts)).at[t].add(h))(routing.token, hits)
-    activation = moe.ACTIVATIONS[config.activation]
+    activation = ACTIVATIONS[config.activation]
     y_BTD = jnp.zeros_like(x_BTD)
     for e in range(config.num_experts):
         up = x_BTD @ params["up"][e]

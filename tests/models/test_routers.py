@@ -8,16 +8,16 @@ import pytest
 
 from research.core.types import UserError
 from research.models import routers
-from research.models.routers import ExpertChoice, Group, Gshard, Hash, Sigmoid, Switch, TopK
+from research.models.routers import ExpertChoice, Group, Gshard, Hash, Sigmoid, TopK, glam, switch
 
 TOKENS, EXPERTS = 64, 8
 ROUTERS = {
     "topk": TopK(2),
     "topk as it is": TopK(3, renormalise=False),
     "topk with capacity": TopK(2, capacity_factor=1.0),
-    "switch": Switch(),
+    "switch": switch(),
     "gshard": Gshard(),
-    "glam": Gshard(random_second=False),
+    "glam": glam(),
     "deepseek": Sigmoid(k=3, groups=4, top_groups=2, scale=2.5),
     "expert choice": ExpertChoice(),
     "hash": Hash(),
@@ -105,7 +105,7 @@ def test_groups_of_experts_are_deepseek_v3():
 
 def test_switch_drops_the_last_tokens_beyond_the_capacity():
     g = group(padding=0)
-    routing, size = Switch(capacity_factor=0.5)(g), 4
+    routing, size = switch(capacity_factor=0.5)(g), 4
     left = [size] * EXPERTS
     for token in range(TOKENS):
         best = int(np.argmax(g.logits[token]))
@@ -116,7 +116,7 @@ def test_switch_drops_the_last_tokens_beyond_the_capacity():
 
 def test_first_choices_come_before_second_ones():
     g = group(padding=0)
-    routing = Gshard(capacity_factor=0.5, random_second=False)(g)
+    routing = glam(0.5)(g)
     taken = {e: [] for e in range(EXPERTS)}
     order = np.argsort(-np.asarray(g.logits), axis=1)
     for choice in range(2):

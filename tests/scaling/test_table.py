@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from research.core.files import write_atomically
 from research.core.types import UserError
-from research.scaling.table import Run, Status, Table, read_csv, write_atomically, write_csv
+from research.scaling.table import Run, Status, Table, read_csv, write_csv
 
 RUN = Run("a", 100, 50, 2000, 1.2e6, 3.5, 2.1, "finished", 12.5, 1000, "abc")
 HEADER = "name,params,non_embedding_params,tokens,flops,loss,bits_per_byte,status,seconds"
