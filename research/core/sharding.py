@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Meshes and logical axes: one vocabulary of mesh axes, one rules table, one place to constrain.
 
-Every parameter carries logical axis names beside it (``("embed", "mlp")``); ``RULES`` maps them to mesh
-axes. Activations are constrained by the same table. Axis types are Auto: the compiler partitions.
+Every parameter carries logical axis names beside it (``("embed", "mlp")``); ``RULES`` maps them to mesh axes.
+Activations are constrained by the same table. Axis types are Auto: the compiler partitions, but for the islands
+of ``shard_map`` where the models room says itself what moves (rings of keys, experts, kernels).
 """
 
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -19,25 +20,32 @@ from research.core.types import UserError
 
 Axes = tuple[str | None, ...]
 
-# Logical axis -> mesh axes. Parameters first, activations below; an axis that is not split maps to ().
+# Logical axis -> mesh axes, the strategy for every mesh: an axis of size 1 splits nothing, so that the mesh's shape
+# alone decides. An array uses each mesh axis once, for the first of its dimensions that asks for it: a matrix
+# [expert, embed, mlp] has its experts on "expert", a matrix [embed, mlp] splits "embed" over it instead, so that
+# whatever the mesh no device keeps a part of a matrix that another one could keep.
 RULES: Mapping[str, tuple[str, ...]] = {
+    # parameters
     "layers": (),
-    "embed": ("fsdp",),
-    "vocab": ("tensor",),
-    "mlp": ("tensor",),
-    "expert": (),
-    "router": (),
+    "expert": ("expert",),
+    "vocab": ("tensor", "stage"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "embed": ("fsdp", "expert", "context", "stage"),
     "head_dim": (),
+    "router": (),
     "position": (),
     "norm": (),
-    "batch": ("data", "fsdp"),
-    "sequence": (),
+    # activations
+    "stage": ("stage",),
+    "batch": ("data", "fsdp", "expert"),
+    "sequence": ("context",),
+    "residual_sequence": ("context", "tensor"),
     "act_embed": (),
     "act_mlp": ("tensor",),
     "act_heads": ("tensor",),
-    "act_vocab": ("tensor",),
+    "act_vocab": ("tensor", "stage"),
 }
 
 
@@ -49,13 +57,19 @@ class MeshError(UserError):
 class MeshSpec:
     """How many ways each mesh axis is split; ``data=-1`` takes the devices that are left.
 
-    data: copies of the model, each on its share of the batch.
+    data: copies of the model, each on its share of the batch; the only axis that may cross slices.
+    stage: layers one after the other on different devices (GPipe; circular as in Megatron's interleaved schedule).
     fsdp: as data, with parameters and optimizer state sharded too (ZeRO-3).
-    tensor: heads, feed-forward and vocabulary split within a layer (Megatron).
+    expert: as fsdp for all but expert layers, whose experts it spreads; tokens travel to them.
+    context: the sequence split; keys travel around a ring.
+    tensor: heads, feed-forward and vocabulary split within a layer (Megatron), the residual stream by sequence.
     """
 
     data: int = -1
+    stage: int = 1
     fsdp: int = 1
+    expert: int = 1
+    context: int = 1
     tensor: int = 1
 
     def shape(self, num_devices: int) -> dict[str, int]:
@@ -67,49 +81,173 @@ class MeshSpec:
         if self.data == -1:
             sizes["data"] = max(1, num_devices // math.prod(n for n in sizes.values() if n > 0))
         if math.prod(sizes.values()) > num_devices or (self.data == -1 and math.prod(sizes.values()) != num_devices):
-            given = " x ".join(f"{name}={n}" for name, n in sizes.items())
             raise MeshError(
-                f"The mesh {given} needs {math.prod(sizes.values())} devices and there are {num_devices}: "
+                f"The mesh {described(sizes)} needs {math.prod(sizes.values())} devices and there are {num_devices}: "
                 "choose axes whose product is at most that number, and divides it where data is -1."
             )
         return sizes
 
 
+def described(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{name}={n}" for name, n in sizes.items() if n > 1) or "data=1"
+
+
 def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
-    """The device mesh of a spec. A spec that names every axis may use fewer devices than there are."""
+    """The device mesh of a spec. A spec that names every axis may use fewer devices than there are.
+
+    Devices of several slices (``slice_index``) are joined along ``data``, outermost: only gradients cross the
+    data-centre network. Raises MeshError where data is no multiple of the slices.
+    """
     devices = list(jax.devices() if devices is None else devices)
     sizes = spec.shape(len(devices))
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=devices[: math.prod(sizes.values())],
-    )
+    devices = devices[: math.prod(sizes.values())]
+    axis_types = (AxisType.Auto,) * len(sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
+    if sizes["data"] % slices:
+        raise MeshError(
+            f"{slices} slices are joined along data, and data={sizes['data']} is no multiple of {slices}: choose "
+            f"a multiple, such as data={-(-sizes['data'] // slices) * slices}, or fewer slices."
+        )
+    from jax.experimental import mesh_utils
+
+    inside = {**sizes, "data": sizes["data"] // slices}
+    across = {name: slices if name == "data" else 1 for name in sizes}
+    grid = mesh_utils.create_hybrid_device_mesh(tuple(inside.values()), tuple(across.values()), devices)
+    return Mesh(grid, tuple(sizes), axis_types=axis_types)
 
 
-def partition_spec(axes: Axes) -> PartitionSpec:
-    """The mesh axes of an array's logical axes. Raises MeshError for a name without a rule."""
-    entries = []
+def partition_spec(axes: Axes, *, without: tuple[str, ...] = ()) -> PartitionSpec:
+    """The mesh axes of an array's logical axes, each for the first dimension that asks for it.
+
+    without: mesh axes that something around has taken (a ``vmap`` over stages). Raises MeshError for a name
+    without a rule.
+    """
+    used, entries = set(without), []
     for name in axes:
         if name is not None and name not in RULES:
             near = difflib.get_close_matches(name, RULES, n=1)
             raise MeshError(f"The logical axis {name!r} has no rule{f'; did you mean {near[0]!r}' if near else ''}.")
-        mesh_axes = RULES[name] if name is not None else ()
-        entries.append(None if not mesh_axes else mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes)
+        mine = tuple(axis for axis in (RULES[name] if name is not None else ()) if axis not in used)
+        used |= set(mine)
+        entries.append(None if not mine else mine[0] if len(mine) == 1 else mine)
     return PartitionSpec(*entries)
+
+
+def mesh_axes(entry: Any) -> tuple[str, ...]:
+    """An entry of a PartitionSpec as a tuple."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def named_sharding(mesh: Mesh, axes: Axes) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(axes))
 
 
-def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
-    """The sharding of a batch array [B, ...]: rows over data and fsdp."""
-    return named_sharding(mesh, ("batch",) + (None,) * (ndim - 1))
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch array [B, T]."""
+    return named_sharding(mesh, ("batch", "sequence"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def ways(logical: str) -> int:
+    """How many ways the mesh in scope splits a logical axis; 1 without a mesh."""
+    sizes = current_shape()
+    return math.prod(sizes.get(axis, 1) for axis in RULES[logical])
+
+
+def current_shape() -> Mapping[str, int]:
+    """Axis sizes of the mesh in scope (``jax.set_mesh``), empty without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {} if mesh.empty else dict(mesh.shape)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Lays an activation out by its logical axes on the mesh in scope; without one does nothing.
+
+    Mesh axes that do not divide a dimension (one token of a generation) are left out.
+    """
+    sizes = current_shape()
+    if not sizes:
+        return x
+    return jax.lax.with_sharding_constraint(x, fitting_spec(x.shape, partition_spec(axes), sizes))
+
+
+def fitting_spec(shape: Sequence[int], spec: PartitionSpec, sizes: Mapping[str, int]) -> PartitionSpec:
+    """The spec without the mesh axes, last ones first, that do not divide their dimension."""
+    entries = []
+    for dim, entry in zip(shape, spec, strict=True):
+        mine = mesh_axes(entry)
+        while dim % math.prod(sizes[axis] for axis in mine):
+            mine = mine[:-1]
+        entries.append(mine or None)
+    return PartitionSpec(*entries)
+
+
+class Split(NamedTuple):
+    """What a mesh must divide: ``size`` of ``what``, by mesh axes, times ``multiple`` where a share needs parts."""
+
+    what: str
+    size: int
+    axes: tuple[str, ...]
+    multiple: int = 1
+
+    def ways(self, sizes: Mapping[str, int]) -> int:
+        found = math.prod(sizes[axis] for axis in self.axes)
+        return found * self.multiple if found > 1 else found
+
+
+def parameter_splits(shapes: Any, axes: Any) -> list[Split]:
+    """What the rules split of a tree of parameters, given as shapes and as logical axes."""
+    axes_by_name = named_leaves(jax.tree.map(_Leaf, axes, is_leaf=lambda a: isinstance(a, tuple)))
+    return [
+        Split(f"{logical!r} of parameter {name} {tuple(shape.shape)}", dim, mesh_axes(entry))
+        for name, shape in named_leaves(shapes).items()
+        for dim, logical, entry in zip(
+            shape.shape, axes_by_name[name].axes, partition_spec(axes_by_name[name].axes), strict=True
+        )
+        if entry is not None
+    ]
+
+
+def check_mesh(sizes: Mapping[str, int], splits: Iterable[Split]) -> None:
+    """Raises MeshError naming the first thing that the mesh does not divide, and the nearest mesh that fits all."""
+    splits = list(splits)
+    for split in splits:
+        if split.size % split.ways(sizes):
+            named = " x ".join(f"{axis}={sizes[axis]}" for axis in split.axes if sizes[axis] > 1)
+            each = f", in multiples of {split.multiple}" if split.multiple > 1 else ""
+            near = nearest_mesh(sizes, lambda other: not any(s.size % s.ways(other) for s in splits))
+            advice = f"the nearest mesh of as many devices that fits is {described(near)}" if near else "no mesh fits"
+            raise MeshError(
+                f"The mesh splits {split.what} {math.prod(sizes[axis] for axis in split.axes)} ways ({named}{each}), "
+                f"which does not divide {split.size}: {advice}; or change the sizes."
+            )
+
+
+def nearest_mesh(sizes: Mapping[str, int], fits: Callable[[Mapping[str, int]], bool]) -> dict[str, int] | None:
+    """The mesh of as many devices that fits and has the fewest factors of two, and so on, in other places."""
+
+    def distance(other: Mapping[str, int]) -> float:
+        return sum(abs(math.log(other[axis] / n)) for axis, n in sizes.items())
+
+    found = sorted(meshes(math.prod(sizes.values()), tuple(sizes)), key=distance)
+    return next((other for other in found if fits(other)), None)
+
+
+def meshes(num_devices: int, axes: tuple[str, ...] = tuple(MeshSpec.__dataclass_fields__)) -> list[dict[str, int]]:
+    """Every shape of a mesh with so many devices."""
+    if len(axes) == 1:
+        return [{axes[0]: num_devices}]
+    return [
+        {axes[0]: n, **rest}
+        for n in range(num_devices, 0, -1)
+        if num_devices % n == 0
+        for rest in meshes(num_devices // n, axes[1:])
+    ]
 
 
 def tree_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
@@ -117,21 +255,9 @@ def tree_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
 
     Raises MeshError naming the first dimension that its mesh axes do not divide.
     """
-    axes_by_name = named_leaves(jax.tree.map(_Leaf, axes, is_leaf=lambda a: isinstance(a, tuple)))
-
-    def one(path: tuple[Any, ...], shape: Any) -> NamedSharding:
-        name = "/".join(str(getattr(key, "key", key)) for key in path)
-        leaf_axes = axes_by_name[name].axes
-        for dim, axis in zip(shape.shape, leaf_axes, strict=True):
-            ways = math.prod(mesh.shape[m] for m in RULES[axis]) if axis else 1
-            if dim % ways:
-                raise MeshError(
-                    f"The mesh splits {axis!r} {ways} ways ({' x '.join(RULES[axis])}), which does not divide "
-                    f"the {dim} of parameter {name} {tuple(shape.shape)}: change the mesh or the model's size."
-                )
-        return named_sharding(mesh, leaf_axes)
-
-    return jax.tree_util.tree_map_with_path(one, shapes)
+    check_mesh(mesh.shape, parameter_splits(shapes, axes))
+    leaves = jax.tree.map(_Leaf, axes, is_leaf=lambda a: isinstance(a, tuple))
+    return jax.tree.map(lambda _, leaf: named_sharding(mesh, leaf.axes), shapes, leaves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,25 +267,21 @@ class _Leaf:
     axes: Axes
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Lays an activation out by its logical axes on the mesh in scope (``jax.set_mesh``); else does nothing."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
-
-
-def check_batch(mesh: Mesh, batch_size: int, microbatches: int = 1) -> None:
-    """Raises MeshError where rows per microbatch do not split evenly over data and fsdp."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+def batch_splits(batch_size: int, sequence_length: int, *, microbatches: int = 1) -> list[Split]:
+    """What the rules split of batches in so many microbatches: rows, and the sequence in two parts a device (rings
+    are balanced by pairs). Raises MeshError where the microbatches do not come out."""
     if batch_size % microbatches:
         raise MeshError(
             f"A batch of {batch_size} rows does not split into {microbatches} microbatches: choose a batch size "
             f"that is a multiple of {microbatches}."
         )
-    if (batch_size // microbatches) % ways:
-        nearest = max(1, round(batch_size / (ways * microbatches))) * ways * microbatches
-        raise MeshError(
-            f"A batch of {batch_size} rows in {microbatches} microbatches does not split over "
-            f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} devices: choose a batch size that is a multiple "
-            f"of {ways * microbatches}, such as {nearest}."
-        )
+    return [
+        Split(f"the {batch_size // microbatches} rows of a microbatch", batch_size // microbatches, RULES["batch"]),
+        Split("the sequence", sequence_length, RULES["sequence"], multiple=2),
+    ]
+
+
+def microbatch(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] -> [parts, B / parts, ...], each part spread over all shards of the batch."""
+    split = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    return constrain(split, None, "batch", *(["sequence"] if x.ndim > 1 else []), *[None] * (x.ndim - 2))

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research.core.sharding import batch_sharding, check_batch
+from research.core.sharding import batch_sharding, batch_splits, check_mesh
 from research.core.types import Batch, Context, UserError
 from research.data import packing
 from research.data.cache import name_of
@@ -136,7 +136,7 @@ class TextSource:
         return tokenizer, tokens, info
 
     def start(self, context: Context) -> "TextStream":
-        check_batch(context.mesh, self.batch_size)
+        check_mesh(context.mesh.shape, batch_splits(self.batch_size, self.sequence_length))
         tokenizer, tokens, info = self._load(Path(context.cache_dir))
         return TextStream(self, context, tokenizer=tokenizer, tokens=tokens[self.split], info=info)
 
@@ -210,7 +210,7 @@ class TextStream:
 
         def shard(name: str) -> jax.Array:
             return jax.make_array_from_callback(
-                self._shape, self._sharding, lambda index: host[self._span(index)][name]
+                self._shape, self._sharding, lambda index: host[self._span(index)][name][:, index[1]]
             )
 
         return {name: shard(name) for name in next(iter(host.values()))}

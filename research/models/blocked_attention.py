@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from research.core.types import Array
-
-MASKED = -1e30  # a finite stand-in for minus infinity: a row with nothing to see stays finite
+from research.models.visibility import MASKED
 
 
 def blocked_attention(

@@ -13,7 +13,7 @@ from research.core.sharding import constrain
 from research.core.tree import at, put
 from research.core.types import Array, Batch, Metrics, Output, Params, Precision, UserError
 from research.models import cache as caches
-from research.models import moe
+from research.models import moe, ring_attention
 from research.models.attention import Attention
 from research.models.bound import Bound
 from research.models.layers import Build, Embedding, Linear, Norm, WeightInit
@@ -206,18 +206,21 @@ class _Decoder(nn.Module):
             )
 
     def forward(self, batch: Batch, cache: caches.Cache | None = None, key: Array | None = None) -> Output:
-        c, positions_BT = self.config, batch["positions"]
-        x_BTD = self.embedding(batch["tokens"])
+        c, ring = self.config, cache is None and ring_attention.applies(batch["tokens"].shape[1])
+        places = [batch[name] for name in ("tokens", "positions", "segment_ids")]
+        ids_BT, positions_BT, segments_BT = (ring_attention.balance(x) for x in places) if ring else places
+        x_BTD = self.embedding(ids_BT)
         if isinstance(c.position, Learned):
             x_BTD = x_BTD + self.position(positions_BT)
         elif isinstance(c.position, Sinusoidal):
             x_BTD = x_BTD + sinusoids(c.position, positions_BT, c.d_model).astype(x_BTD.dtype)
-        x_BTD = constrain(x_BTD, "batch", "sequence", "act_embed")
+        x_BTD = constrain(x_BTD, "batch", "residual_sequence", "act_embed")
         rotary = None
         if isinstance(c.position, Rotary):
             rotary = rotary_tables(c.position, positions_BT, c.attention.width(c.d_model))
         length = cache.length if cache is not None else None
-        tokens = Tokens(batch["tokens"], positions_BT, batch["segment_ids"], rotary, length, key)
+        rows_B = jnp.arange(ids_BT.shape[0])
+        tokens = Tokens(ids_BT, positions_BT, segments_BT, rotary, length, key, rows_B)
         x_BTD, layers, stats = self._blocks(x_BTD, cache.layers if cache is not None else None, tokens)
         if cache is not None:
             cache = caches.Cache(layers, cache.length + positions_BT.shape[1])
@@ -227,7 +230,10 @@ class _Decoder(nn.Module):
             for path, config in moes.items()
             for name, term in moe.losses(config, at(stats, path)).items()
         }
-        return Output(hidden=self.final_norm(x_BTD), cache=cache, aux=aux, stats=stats)
+        hidden_BTD = self.final_norm(x_BTD)
+        if ring:
+            hidden_BTD = ring_attention.balance(hidden_BTD, inverse=True)
+        return Output(hidden=hidden_BTD, cache=cache, aux=aux, stats=stats)
 
     def _blocks(self, x_BTD: Array, layers: Any, tokens: Tokens) -> tuple[Array, Any, Params]:
         """Through the first layers, then through the repeated ones: caches [L, ...] and statistics by stack."""

@@ -2,26 +2,40 @@
 """From tokens to experts and back: sorted rows without drops, or buffers of fixed capacity."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from research.core.types import Array
-from research.models.routers import Routing
 
 Experts = Callable[[Array, Array], Array]  # ([M, D] sorted rows, [E] group sizes) -> [M, D]
 Buffered = Callable[[Array], Array]  # [G, E, C, D] -> [G, E, C, D]
 
 
-def by_sorting(x_GTD: Array, routing: Routing, experts: Experts, *, num_experts: int, align: int) -> Array:
+class Assignments(NamedTuple):
+    """Which token of a group goes to which expert, [G, A] each: gates in float32, kept False where it does not."""
+
+    token: Array
+    expert: Array
+    gate: Array
+    kept: Array
+
+
+def flat(routing: Assignments, tokens: int) -> Assignments:
+    """Assignments of all groups in one list [G * A], tokens counted over the groups of ``tokens`` each."""
+    rows = routing.token + tokens * jnp.arange(routing.token.shape[0])[:, None]
+    return Assignments(*(x.reshape(-1) for x in routing._replace(token=rows)))
+
+
+def by_sorting(x_GTD: Array, routing: Assignments, experts: Experts, *, num_experts: int, align: int) -> Array:
     """Every kept assignment, in rows sorted by expert: nothing is dropped but what the router dropped.
 
     x [G, T, D]; routing [G, A]. ``experts`` gets M rows, each expert's padded to a multiple of ``align``.
     """
     groups, tokens, width = x_GTD.shape
-    flat = lambda x: x.reshape(-1)  # noqa: E731
-    row = flat(routing.token + tokens * jnp.arange(groups)[:, None])
-    expert = jnp.where(flat(routing.kept), flat(routing.expert), num_experts)
+    row, expert, gate, kept = flat(routing, tokens)
+    expert = jnp.where(kept, expert, num_experts)
     sizes_E = jnp.sum(expert[:, None] == jnp.arange(num_experts)[None, :], axis=0)
     padded_E = -(-sizes_E // align) * align
     rows = -(-(expert.size + num_experts * (align - 1)) // align) * align
@@ -33,20 +47,20 @@ def by_sorting(x_GTD: Array, routing: Routing, experts: Experts, *, num_experts:
         kept, jnp.arange(expert.size) + shift_E[jnp.minimum(expert_sorted, num_experts - 1)], rows
     )  # the sorted assignment's row; beyond the rows where it is not kept
     source = jnp.full((rows,), groups * tokens).at[place].set(row[order], mode="drop")
-    gate = jnp.zeros((rows,), jnp.float32).at[place].set(flat(routing.gate)[order], mode="drop")
+    gate_M = jnp.zeros((rows,), jnp.float32).at[place].set(gate[order], mode="drop")
     x_MD = jnp.take(x_GTD.reshape(-1, width), source, axis=0, mode="fill", fill_value=0)
-    y_MD = experts(x_MD, padded_E) * gate.astype(x_MD.dtype)[:, None]
+    y_MD = experts(x_MD, padded_E) * gate_M.astype(x_MD.dtype)[:, None]
     return jnp.zeros((groups * tokens, width), y_MD.dtype).at[source].add(y_MD, mode="drop").reshape(x_GTD.shape)
 
 
-def by_buffers(x_GTD: Array, routing: Routing, experts: Buffered, *, num_experts: int, capacity: int) -> Array:
+def by_buffers(x_GTD: Array, routing: Assignments, experts: Buffered, *, num_experts: int, capacity: int) -> Array:
     """Buffers [G, E, C, D] with one slot for each token that an expert takes of a group.
 
     An expert has no more than ``capacity`` kept assignments in a group.
     """
     groups, tokens, width = x_GTD.shape
 
-    def slots(one: Routing) -> tuple[Array, Array]:
+    def slots(one: Assignments) -> tuple[Array, Array]:
         hits = (one.expert[:, None] == jnp.arange(num_experts)[None, :]) & one.kept[:, None]
         rank = jnp.take_along_axis(jnp.cumsum(hits, axis=0), one.expert[:, None], axis=1)[:, 0] - 1
         place = jnp.where(one.kept, one.expert * capacity + rank, num_experts * capacity)

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from research.core.sharding import Axes
+from research.core.sharding import Axes, constrain
 from research.core.types import Array, Precision
 from research.models import ops
 
@@ -84,13 +84,14 @@ def project(x: Array, *layers: Linear) -> list[Array]:
 
 @dataclass(frozen=True)
 class Build:
-    """What every part of a model is built with."""
+    """What every part of a model is built with. taken: mesh axes that a ``vmap`` around it has taken."""
 
     d_model: int
     num_layers: int
     weight_init: WeightInit
     precision: Precision
     platform: str = "cpu"
+    taken: tuple[str, ...] = ()
 
     def linear(
         self, name: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...], axes: Axes, *, residual: bool = False
@@ -150,4 +151,6 @@ class Embedding(nn.Module):
         )
 
     def __call__(self, ids_BT: Array) -> Array:
-        return jnp.take(self.table_VD, ids_BT, axis=0).astype(self.precision.compute)
+        # whole rows of the table where it is read: else the compiler would spread the batch anew
+        table_VD = constrain(self.table_VD, self.axes[0], None)
+        return jnp.take(table_VD, ids_BT, axis=0).astype(self.precision.compute)

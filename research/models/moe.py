@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture of experts: a feed-forward layer whose tokens each go through a few of many experts.
 
-The parts are in rooms of their own: ``routers`` choose, ``dispatch`` moves tokens, ``grouped_matmul`` multiplies.
+The parts are in rooms of their own: ``routers`` choose, ``expert_parallel`` moves tokens between devices and
+``dispatch`` on one, ``grouped_matmul`` multiplies.
 """
 
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from research.core.sharding import constrain
 from research.core.types import Array, Metrics, Params, Term, UserError, WeightedSum
-from research.models import dispatch
+from research.models import expert_parallel, ring_attention
 from research.models.grouped_matmul import GroupedMatmul, alignment, grouped_matmul
 from research.models.layers import Build, param
 from research.models.mlp import Activation, Mlp, activated, is_gated
@@ -27,7 +29,7 @@ class Moe:
 
     shared_d_ff: inner width of an expert that every token goes through besides (Dai et al. 2024), 0 for none.
     dispatch: "sorted" multiplies rows sorted by expert, without drops of its own; "buffers" gives each expert a
-        buffer of the router's capacity in each group, and needs a router with one.
+        buffer of the router's capacity in each group, and needs a router with one (the sum is the same).
     balance: coefficient of the balance loss E sum_e f_e P_e of each layer, 1 at perfect balance (Fedus et al. 2021,
         eqs. 4 to 6). z_loss: that of the squared log normaliser of the router's logits (Zoph et al. 2022, eq. 5).
     """
@@ -70,25 +72,23 @@ class _Moe(nn.Module):
     def __call__(self, x_BTD: Array, tokens: Tokens) -> tuple[Array, Params]:
         config, dtype = self.config, jnp.dtype(self.build.precision.compute)
         routing, found = self._route(x_BTD, tokens)
-        weights = self._weights(dtype)
-        x_BTD = x_BTD.astype(dtype)
+        size = 0
         if config.dispatch == "buffers":
             size = capacity(config.router, tokens=x_BTD.shape[1], num_experts=config.num_experts)
-            y_BTD = dispatch.by_buffers(
-                x_BTD, routing, lambda x: self._buffered(x, weights), num_experts=config.num_experts, capacity=size
-            )
-        else:
-            align = alignment(self.build.platform, config.implementation)
-            y_BTD = dispatch.by_sorting(
-                x_BTD,
-                routing,
-                lambda x, sizes: self._sorted(x, sizes, weights),
-                num_experts=config.num_experts,
-                align=align,
-            )
+        layer = expert_parallel.Layer(
+            num_experts=config.num_experts,
+            sorted=self._sorted,
+            buffered=self._buffered,
+            capacity=size,
+            by_token=config.router.by_token,
+            align=alignment(self.build.platform, config.implementation),
+            platform=self.build.platform,
+        )
+        weights = self._weights(dtype)
+        y_BTD = expert_parallel.run(layer, x_BTD.astype(dtype), routing, weights, taken=self.build.taken)
         if config.shared is not None:
             y_BTD = y_BTD + config.shared.build(self.build, name="shared")(x_BTD, tokens)[0]
-        return constrain(y_BTD, "batch", "sequence", "act_embed"), found
+        return constrain(y_BTD, "batch", "residual_sequence", "act_embed"), found
 
     def _route(self, x_BTD: Array, tokens: Tokens) -> tuple[Routing, Params]:
         """Each row of the batch is a group. Logits and scores are float32 whatever the compute dtype."""
@@ -99,24 +99,33 @@ class _Moe(nn.Module):
         bias_E = None
         if config.router.bias_rate:
             bias_E = self.variable("buffers", "bias", jnp.zeros, (experts,), jnp.float32).value
-        real_BT = tokens.segments > 0
-        keys = None if tokens.key is None else jax.random.split(tokens.key, x_BTD.shape[0])
+        keys = None
+        if tokens.key is not None:
+            keys = jax.vmap(lambda row: jax.random.fold_in(tokens.key, row))(tokens.rows)
+        given, order = (logits_BTE, tokens.segments > 0, tokens.ids), None
+        if config.router.capacity_factor and tokens.length is None and ring_attention.applies(x_BTD.shape[1]):
+            order = ring_attention.order(x_BTD.shape[1])  # what an expert still takes depends on who came before
+            given = tuple(x[:, np.argsort(order)] for x in given)
+        logits_BTE, real_BT, ids_BT = given
 
         def one(logits: Array, real: Array, ids: Array, key: Array | None) -> Routing:
             return config.router(Group(logits, real, ids, bias_E, key))
 
-        routing = jax.vmap(one)(logits_BTE, real_BT, tokens.ids, keys)
-        return routing, statistics(routing, logits_BTE, real_BT)
+        routing = jax.vmap(one)(logits_BTE, real_BT, ids_BT, keys)
+        found = statistics(routing, logits_BTE, real_BT)
+        if order is not None:
+            routing = expert_parallel.in_order(routing, order, by_token=config.router.by_token)
+        return routing, found
 
     def _weights(self, dtype: Any) -> tuple[Array, ...]:
         """Gate (where there is one), up and down: [E, D, F] or [E, F, D]."""
         config, width = self.config, self.config.d_ff
         into = self.build.weight_init.matrix(self.build.d_model)
         out = self.build.weight_init.matrix(width, residual_layers=self.build.num_layers)
-        shape, axes = (config.num_experts, self.build.d_model, width), ("expert", "embed", "mlp")
+        shape, axes = (config.num_experts, self.build.d_model, width), expert_parallel.Into
         names = ("gate", "up") if config.gated else ("up",)
         found = [param(self, name, _each(into), shape, axes, self.build.precision.params) for name in names]
-        shape, axes = (config.num_experts, width, self.build.d_model), ("expert", "mlp", "embed")
+        shape, axes = (config.num_experts, width, self.build.d_model), expert_parallel.Out
         found.append(param(self, "down", _each(out), shape, axes, self.build.precision.params))
         return tuple(w.astype(dtype) for w in found)
 

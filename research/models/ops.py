@@ -8,31 +8,21 @@ leaves out the keys that no query of the block may see, which on a CPU takes abo
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from research.core.types import Array, UserError
-from research.models.blocked_attention import MASKED, blocked_attention
+from research.models import ring_attention
+from research.models.blocked_attention import blocked_attention
+from research.models.chunked_attention import chunked_attention
+from research.models.visibility import MASKED, Places, Visibility, mask_BTS
 
-AttentionImplementation = Literal["auto", "plain", "blocked"]
+AttentionImplementation = Literal["auto", "plain", "blocked", "chunked"]
 BLOCKS = 4  # of queries; 2 leaves a quarter of the square more, 8 gains nothing (measured at 512)
 SMALLEST_BLOCK = 16
-
-
-@dataclass(frozen=True)
-class Visibility:
-    """Which keys a query may see, from positions and segments.
-
-    kind "causal": keys at the query's position or before; "full": all. Always within one segment, and
-    segment 0 (padding, empty cache slots) is seen by nobody.
-    window: at most so many positions back, the query's own included (0: no limit).
-    """
-
-    kind: Literal["causal", "full"] = "causal"
-    window: int = 0
+LONGEST_PLAIN = 2048  # beyond it, scores of a whole row of the batch are not formed
 
 
 def linear(x: Array, *weights: Array, contract: int = 1, platform: str = "cpu") -> tuple[Array, ...]:
@@ -79,19 +69,6 @@ def _products_backward(
 _products.defvjp(lambda x, weights: (_products(x, weights), (x, weights)), _products_backward)
 
 
-def mask_BTS(
-    visibility: Visibility, *, q_positions: Array, kv_positions: Array, q_segments: Array, kv_segments: Array
-) -> Array:
-    """[B, T, S] booleans: which key each query may see. Positions and segments are [B, T] and [B, S]."""
-    allowed = (q_segments[:, :, None] == kv_segments[:, None, :]) & (kv_segments[:, None, :] > 0)
-    distance = q_positions[:, :, None] - kv_positions[:, None, :]
-    if visibility.kind == "causal":
-        allowed &= distance >= 0
-    if visibility.window:
-        allowed &= distance < visibility.window
-    return allowed
-
-
 def attention(
     q_BTNH: Array,
     k_BSKH: Array,
@@ -116,19 +93,21 @@ def attention(
     the slots since the segment began. Only then may blocks of keys be left out ("blocked" else falls back to
     "plain").
     """
-    if bias is not None and implementation == "blocked":
-        raise UserError("Blocked attention takes no bias: choose attention.implementation=plain, or auto.")
-    fits = aligned and bias is None and visibility.kind == "causal" and q_BTNH.shape[1] % BLOCKS == 0
-    wanted = implementation == "blocked" or (implementation == "auto" and platform == "cpu")
-    if wanted and fits and q_BTNH.shape[1] >= BLOCKS * SMALLEST_BLOCK:
+    if bias is not None and implementation not in ("auto", "plain"):
+        raise UserError(f"{implementation} attention takes no bias: choose attention.implementation=plain, or auto.")
+    places = Places(q_positions, kv_positions, q_segments, kv_segments)
+    length, causal = q_BTNH.shape[1], visibility.kind == "causal"
+    chosen = implementation
+    if aligned and bias is None and causal and chosen != "plain" and ring_attention.applies(length):
+        return ring_attention.ring_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, q_segments, visibility)
+    if chosen == "auto":
+        long = length > LONGEST_PLAIN and bias is None
+        chosen = "chunked" if long else "blocked" if platform == "cpu" and bias is None else "plain"
+    if chosen == "blocked" and aligned and causal and length % BLOCKS == 0 and length >= BLOCKS * SMALLEST_BLOCK:
         return blocked_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, window=visibility.window, blocks=BLOCKS)
-    mask = mask_BTS(
-        visibility,
-        q_positions=q_positions,
-        kv_positions=kv_positions,
-        q_segments=q_segments,
-        kv_segments=kv_segments,
-    )
+    if chosen == "chunked":
+        return chunked_attention(q_BTNH, k_BSKH, v_BSKH, places, visibility, aligned=aligned)
+    mask = mask_BTS(visibility, places)
     return _attend(q_BTNH, k_BSKH, v_BSKH, mask, bias(q_positions, kv_positions) if bias else None)
 
 

@@ -50,10 +50,12 @@ class Routing(NamedTuple):
 class Router(Protocol):
     """per_token: experts a token asks for on average, by which FLOPs are counted. capacity_factor: an expert takes at
     most ``capacity_factor * per_token * T / E`` tokens of a group, 0 for any number. bias_rate: step of loss-free
-    balancing, 0 for none."""
+    balancing, 0 for none. by_token: assignments are k for each token, in order: all first choices, then all second
+    ones, and so on."""
 
     capacity_factor: float
     bias_rate: float
+    by_token: ClassVar[bool]
 
     @property
     def per_token(self) -> float: ...
@@ -72,6 +74,7 @@ class TopK:
     renormalise: bool = True
     capacity_factor: float = 0.0
     bias_rate: float = 0.0
+    by_token: ClassVar[bool] = True
 
     @property
     def per_token(self) -> float:
@@ -109,6 +112,7 @@ class Gshard:
 
     capacity_factor: float = 1.0
     bias_rate: ClassVar[float] = 0.0
+    by_token: ClassVar[bool] = True
 
     @property
     def per_token(self) -> float:
@@ -143,6 +147,7 @@ class Sigmoid:
     scale: float = 1.0
     capacity_factor: float = 0.0
     bias_rate: float = 0.001
+    by_token: ClassVar[bool] = True
 
     @property
     def per_token(self) -> float:
@@ -189,6 +194,7 @@ class ExpertChoice:
 
     capacity_factor: float = 2.0
     bias_rate: ClassVar[float] = 0.0
+    by_token: ClassVar[bool] = False
 
     @property
     def per_token(self) -> float:
@@ -224,6 +230,7 @@ class Hash:
     seed: int = 0
     capacity_factor: float = 0.0
     bias_rate: ClassVar[float] = 0.0
+    by_token: ClassVar[bool] = True
 
     @property
     def per_token(self) -> float:

@@ -42,9 +42,9 @@ class Block(nn.Module):
         if tokens.key is not None:
             tokens = tokens._replace(key=jax.random.fold_in(tokens.key, index))
         y_BTD, cache = self.attention.build(self.build)(norm("attention_norm")(x_BTD), tokens, cache)
-        x_BTD = constrain(x_BTD + y_BTD, "batch", "sequence", "act_embed")
+        x_BTD = constrain(x_BTD + y_BTD, "batch", "residual_sequence", "act_embed")
         y_BTD, found = self.mlp.build(self.build)(norm("mlp_norm")(x_BTD), tokens)
-        return constrain(x_BTD + y_BTD, "batch", "sequence", "act_embed"), (cache, found)
+        return constrain(x_BTD + y_BTD, "batch", "residual_sequence", "act_embed"), (cache, found)
 
 
 class Period(nn.Module):

@@ -10,7 +10,8 @@ class Tokens(NamedTuple):
     """The same for every layer.
 
     ids, positions and segments [B, T], segment 0 is padding; rotary: sines and cosines or None; length [B]: filled
-    cache slots or None; key: for random choices in training, or None.
+    cache slots or None; key: for random choices in training, or None; rows [B]: the number of each row in its batch.
+    Without a cache, on a mesh that splits the sequence, tokens stand in balanced order (``ring_attention``).
     """
 
     ids: Array
@@ -19,3 +20,4 @@ class Tokens(NamedTuple):
     rotary: tuple[Array, Array] | None = None
     length: Array | None = None
     key: Array | None = None
+    rows: Array | None = None

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from research.core.sharding import constrain, ways
 from research.core.types import Array, Batch, Loss, Policy, Term, UserError, WeightedSum
 
 Head = Callable[[Array], Array]
@@ -84,12 +85,12 @@ def token_sums(
 
 
 def _chunking(batch: int, length: int, chunk: int) -> tuple[int, int]:
-    """How many of the T columns go into one chunk, so that B stays split over the mesh, and how many to add."""
-    mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-    wanted = min(length, max(1, chunk * ways // batch)) if chunk else length
+    """How many of the T columns go into one chunk, so that B and T stay split over the mesh, and how many to add."""
+    spread = ways("sequence")
+    shards = ways("batch") * spread
+    wanted = min(length, max(1, chunk * shards // batch)) if chunk else length
     chunks = -(-length // wanted)
-    columns = -(-length // chunks)
+    columns = -(-length // (chunks * spread)) * spread
     return columns, chunks * columns - length
 
 
@@ -116,10 +117,19 @@ def _chunk_sums(
 
 
 def _split(x: Array, columns: int) -> Array:
-    """[B, T, ...] -> [chunks, B * columns, ...]."""
-    batch, length = x.shape[:2]
-    parts = jnp.moveaxis(x.reshape(batch, length // columns, columns, *x.shape[2:]), 1, 0)
-    return parts.reshape(parts.shape[0], batch * columns, *x.shape[2:])
+    """[B, T, ...] -> [chunks, B, columns, ...], each chunk spread over all shards of the sequence."""
+    spread = ways("sequence")
+    parts = x.reshape(x.shape[0], spread, -1, columns // spread, *x.shape[2:])
+    parts = jnp.moveaxis(parts, 2, 0).reshape(-1, x.shape[0], columns, *x.shape[2:])
+    return constrain(parts, None, "batch", "sequence", *[None] * (x.ndim - 2))
+
+
+def _join(parts: Array) -> Array:
+    """``_split``'s inverse: [chunks, B, columns, D] -> [B, T, D]."""
+    spread = ways("sequence")
+    chunks, batch, columns, width = parts.shape
+    x = jnp.moveaxis(parts.reshape(chunks, batch, spread, columns // spread, width), 0, 2)
+    return constrain(x.reshape(batch, -1, width), "batch", "sequence", "act_embed")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -148,9 +158,7 @@ def _chunked_forward(
     parts = tuple(_split(x, columns) for x in (hidden, targets, weights))
     start = TokenSums(*[jnp.zeros(())] * 4), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), head)
     (sums, head_gradient), hidden_gradient = jax.lax.scan(body, start, parts)
-    batch, length, width = hidden.shape
-    by_row = hidden_gradient.reshape(length // columns, batch, columns, width)
-    hidden_gradient = jnp.moveaxis(by_row, 0, 1).reshape(hidden.shape)
+    hidden_gradient = _join(hidden_gradient)
     dtypes = jax.tree.map(lambda p: jnp.zeros((), p.dtype), head)
     return sums, (head_gradient, hidden_gradient, dtypes)
 

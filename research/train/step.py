@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from research.core.sharding import constrain
+from research.core.sharding import microbatch
 from research.core.types import Array, Batch, Loss, Metrics, Params, WeightedSum
 from research.models.bound import Bound
 from research.train.experiment import Experiment
@@ -106,12 +106,6 @@ def make_step(experiment: Experiment, tx: optax.GradientTransformation, *, platf
         return new, metrics
 
     return step
-
-
-def microbatch(x: Array, parts: int) -> Array:
-    """[B, ...] -> [parts, B / parts, ...], each part spread over all shards of the batch."""
-    split = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
-    return constrain(split, None, "batch", *[None] * (x.ndim - 1))
 
 
 def summarise(loss: Loss) -> Metrics:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.models import ops
+from research.models import chunked_attention, ops
 
 
 @functools.cache
@@ -55,15 +55,26 @@ def test_plain_attention_is_the_definition(window):
     np.testing.assert_allclose(np.asarray(found)[real], wanted[real], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kv_heads", "window"), [(1, 0), (2, 40), (4, 0)])
-def test_blocked_attention_is_plain(kv_heads, window):
+@pytest.mark.parametrize(
+    ("implementation", "kv_heads", "window", "aligned"),
+    [
+        ("blocked", 1, 0, True),
+        ("blocked", 2, 40, True),
+        ("blocked", 4, 0, True),
+        ("chunked", 1, 0, True),
+        ("chunked", 2, 40, True),
+        ("chunked", 2, 40, False),
+    ],
+)
+def test_every_implementation_is_plain(implementation, kv_heads, window, aligned, monkeypatch):
+    monkeypatch.setattr(chunked_attention, "CHUNK", 24)  # does not divide 128
     arrays, where = inputs(kv_heads=kv_heads)
     real = (where["q_segments"] > 0)[:, :, None, None]
 
     def run(implementation):
         def loss(arrays):
             out = ops.attention(
-                *arrays, **where, visibility=ops.Visibility("causal", window), aligned=True,
+                *arrays, **where, visibility=ops.Visibility("causal", window), aligned=aligned,
                 implementation=implementation,
             )  # fmt: skip
             out = jnp.where(real, out, 0.0)
@@ -71,7 +82,7 @@ def test_blocked_attention_is_plain(kv_heads, window):
 
         return jax.jit(jax.grad(loss, has_aux=True))(arrays)
 
-    (plain_grad, plain), (grad, out) = run("plain"), run("blocked")
+    (plain_grad, plain), (grad, out) = run("plain"), run(implementation)
     np.testing.assert_allclose(out, plain, rtol=1e-5, atol=1e-6)
     for got, want in zip(grad, plain_grad, strict=True):
         assert jnp.linalg.norm(got - want) < 1e-5 * jnp.linalg.norm(want)
@@ -85,6 +96,18 @@ def test_blocked_attention_leaves_out_what_cannot_be_seen():
         return run.lower(arrays).compile().cost_analysis()["flops"]
 
     assert flops("blocked") < 0.75 * flops("plain")
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_chunked_attention_never_forms_a_whole_row_of_scores(aligned, monkeypatch):
+    monkeypatch.setattr(chunked_attention, "CHUNK", 64)
+    arrays, where = inputs(length=512)
+
+    def loss(arrays):
+        return jnp.sum(ops.attention(*arrays, **where, aligned=aligned, implementation="chunked"))
+
+    shapes = jax.jit(jax.grad(loss)).lower(arrays).as_text()
+    assert "64x64x" in shapes and "512x512" not in shapes
 
 
 def test_a_row_of_padding_stays_finite():

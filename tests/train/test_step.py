@@ -14,7 +14,6 @@ from research.core.sharding import MeshSpec
 from research.core.tree import named_leaves
 from research.core.types import Loss, Precision, Term, WeightedSum
 from research.objectives.next_token import NextToken
-from research.train import step as steps
 from research.train.experiment import AdamW
 from research.train.optimizers import Sgd
 from research.train.start import Program
@@ -228,6 +227,6 @@ def test_clipping_bounds_the_moments_and_not_the_reported_norm():
 
 def test_microbatches_are_spread_over_all_shards():
     x = jnp.arange(8)[:, None]
-    parts = np.asarray(steps.microbatch(x, 2))
+    parts = np.asarray(sharding.microbatch(x, 2))
     assert sorted(parts.ravel().tolist()) == list(range(8))
     assert parts[0, :, 0].tolist() == [0, 2, 4, 6]
