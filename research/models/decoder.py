@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from research.core.sharding import constrain
+from research.core.sharding import Split, constrain, parameter_splits
 from research.core.tree import at, put
 from research.core.types import Array, Batch, Metrics, Output, Params, Precision, UserError
 from research.models import cache as caches
@@ -19,8 +19,9 @@ from research.models.bound import Bound
 from research.models.layers import Build, Embedding, Linear, Norm, WeightInit
 from research.models.mlp import Mlp
 from research.models.moe import Moe
+from research.models.pipeline import Pipeline, pipelined
 from research.models.positions import Learned, Position, Rotary, Sinusoidal, rotary_tables, sinusoids
-from research.models.stack import Remat, block_name, stack
+from research.models.stack import Remat, block_name, one_of, stack, stage_policy
 from research.models.tokens import Tokens
 
 
@@ -37,6 +38,7 @@ class Decoder:
         counting. The parameters are the same.
     remat: what the backward pass recomputes: none of it, all of it ("full"), all but matrix products
         ("save_matmuls"), or all but products with weights ("save_weight_matmuls").
+    pipeline: microbatches and rounds of pipeline stages, where the mesh has stages; the first layers stay outside.
     """
 
     vocab_size: int
@@ -51,6 +53,7 @@ class Decoder:
     remat: Remat = "none"
     first: tuple[Mlp | Moe, ...] = ()
     weight_init: WeightInit = field(default_factory=WeightInit)
+    pipeline: Pipeline = field(default_factory=Pipeline)
 
     @property
     def period(self) -> tuple[Mlp | Moe, ...]:
@@ -154,6 +157,11 @@ class Decoder:
         is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)  # noqa: E731
         return jax.tree.map(lambda box: tuple(box.names), _boxed_shapes(self, Precision())["params"], is_leaf=is_box)
 
+    def splits(self, *, rows: int) -> list[Split]:
+        """What a mesh must divide: parameters, and layers and rows of a microbatch over stages."""
+        stages = self.pipeline.splits(rows=rows, repeats=self.repeats)
+        return stages + parameter_splits(self.shapes(Precision()), self.logical_axes())
+
     def bind(self, params: Params, buffers: Params, precision: Precision, *, platform: str = "cpu") -> Bound:
         return Bound(params, buffers, self.build(precision, platform=platform))
 
@@ -192,8 +200,8 @@ class _Decoder(nn.Module):
         if isinstance(c.position, Learned):
             axes = ("position", "embed")
             self.position = Embedding(c.position.max_length, c.d_model, axes, init, self.precision)
-        build = Build(c.d_model, c.num_layers, c.weight_init, self.precision, self.platform)
-        parts = dict(attention=c.attention, norm=c.norm, build=build, layers=c.layers, remat=c.remat)
+        self.parts = Build(c.d_model, c.num_layers, c.weight_init, self.precision, self.platform)
+        parts = dict(attention=c.attention, norm=c.norm, build=self.parts, layers=c.layers, remat=c.remat)
         if c.first:
             self.first = stack(mlps=c.first[:1], repeats=len(c.first), **parts)
         self.layers = stack(mlps=c.period, repeats=c.repeats, **parts)
@@ -242,17 +250,31 @@ class _Decoder(nn.Module):
             repeats = (len(c.first) if name == "first" else c.num_layers - start) // period
             if not repeats:
                 continue
+            indices = start + period * jnp.arange(repeats)
+            if name == "layers" and layers is None and (schedule := self._schedule(x_BTD.shape[0])) is not None:
+                x_BTD, stats[name] = self._pipelined(x_BTD, indices, tokens, schedule)
+                continue
             mine = jax.tree.map(lambda x, a=start, n=repeats, p=period: x[a : a + n * p], layers)
             if period > 1:
                 mine = jax.tree.map(lambda x, n=repeats: x.reshape(n, -1, *x.shape[1:]), mine)
             run = getattr(self, name)
-            x_BTD, (mine, stats[name]) = run(x_BTD, mine, start + period * jnp.arange(repeats), tokens)
+            x_BTD, (mine, stats[name]) = run(x_BTD, mine, indices, tokens)
             if period > 1:
                 mine = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mine)
             found.append(mine)
-        if len(found) > 1:
-            found = [jax.tree.map(lambda *x: jnp.concatenate(x), *found)]
-        return x_BTD, found[0], stats
+        return x_BTD, None if layers is None else jax.tree.map(lambda *x: jnp.concatenate(x), *found), stats
+
+    def _schedule(self, rows: int) -> tuple[int, int] | None:
+        return None if self.is_initializing() else self.config.pipeline.schedule(rows=rows, repeats=self.config.repeats)
+
+    def _pipelined(
+        self, x_BTD: Array, indices: Array, tokens: Tokens, schedule: tuple[int, int]
+    ) -> tuple[Array, Params]:
+        c = self.config
+        layer = one_of(c.period, c.attention, c.norm, replace(self.parts, taken=("stage",)))
+        params, buffers = (self.variables.get(kind, {}).get("layers", {}) for kind in ("params", "buffers"))
+        axes, policy = c.logical_axes()["layers"], stage_policy(c.remat)
+        return pipelined(layer, params, buffers, axes, x_BTD, indices, tokens, schedule=schedule, policy=policy)
 
     def logits(self, hidden: Array) -> Array:
         """[..., D] -> [..., V]."""

@@ -14,6 +14,7 @@ from research.models.cache import LayerCache
 from research.models.layers import Build, Norm
 from research.models.mlp import Mlp
 from research.models.moe import Moe
+from research.models.pipeline import WEIGHTS, Layer
 from research.models.tokens import Tokens
 
 Remat = Literal["none", "full", "save_matmuls", "save_weight_matmuls"]
@@ -22,6 +23,20 @@ POLICIES: dict[str, Any] = {
     "save_matmuls": jax.checkpoint_policies.dots_saveable,
     "save_weight_matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+def stage_policy(remat: Remat) -> Any:
+    """The same choice for a pipeline's stages: their weights are never kept a tick, and a product with weights has
+    one batch dimension, the stages."""
+    if remat == "none":
+        return jax.checkpoint_policies.save_anything_except_these_names(WEIGHTS)
+    if remat != "save_weight_matmuls":
+        return POLICIES[remat]
+
+    def by_weights(primitive: Any, *_: Any, **settings: Any) -> bool:
+        return primitive.name == "dot_general" and len(settings["dimension_numbers"][1][0]) <= 1
+
+    return by_weights
 
 
 class Block(nn.Module):
@@ -94,11 +109,7 @@ def stack(
     statistics [repeats, ...])). A single kind of block stands under its own names, several under block0, block1, ...
     """
     unrolled = layers == "unrolled"
-    if len(mlps) == 1:
-        body, fields = rematerialised(remat, unrolled), dict(attention=attention, mlp=mlps[0], norm=norm, build=build)
-    else:
-        shared = (attention, norm, build)
-        body, fields = Period, dict(blocks=mlps, shared=shared, remat=remat, prevent_cse=unrolled)
+    body, fields = _body(mlps, attention, norm, build, remat, prevent_cse=unrolled)
     return nn.scan(
         body,
         variable_axes={"params": 0, "buffers": 0},
@@ -108,3 +119,24 @@ def stack(
         unroll=repeats if unrolled else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )(**fields)
+
+
+def one_of(mlps: tuple[Mlp | Moe, ...], attention: Attention, norm: Norm, build: Build) -> Layer:
+    """One repetition of a stack as a function of its parameters and buffers, that recomputes nothing by itself."""
+    body, fields = _body(mlps, attention, norm, build, "none", prevent_cse=False)
+    module = body(**fields, parent=None)
+
+    def layer(params: Params, buffers: Params, x_BTD: Array, index: Array, tokens: Tokens) -> tuple[Array, Params]:
+        x_BTD, (_, found) = module.apply({"params": params, "buffers": buffers}, x_BTD, None, index, tokens)
+        return x_BTD, found
+
+    return layer
+
+
+def _body(
+    mlps: tuple[Mlp | Moe, ...], attention: Attention, norm: Norm, build: Build, remat: Remat, *, prevent_cse: bool
+) -> tuple[Any, dict[str, Any]]:
+    """The module that a stack repeats, and its fields."""
+    if len(mlps) == 1:
+        return rematerialised(remat, prevent_cse), dict(attention=attention, mlp=mlps[0], norm=norm, build=build)
+    return Period, dict(blocks=mlps, shared=(attention, norm, build), remat=remat, prevent_cse=prevent_cse)

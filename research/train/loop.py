@@ -21,7 +21,7 @@ from research.train.experiment import Experiment
 from research.train.interrupt import Interrupt, Interrupted
 from research.train.monitor import Monitor
 from research.train.progress import Progress, Silent
-from research.train.start import Program, first_state
+from research.train.start import Program, check_fits, first_state
 from research.train.state import TrainState
 
 RECORD, RESULT = "experiment.json", "result.json"
@@ -49,7 +49,7 @@ def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, 
     if (done_before := read_json(directory / RESULT)) is not None:
         return done_before
     mesh = sharding.make_mesh(experiment.mesh)
-    sharding.check_batch(mesh, experiment.source.batch_size, experiment.accumulate)
+    check_fits(experiment, mesh)
     peak = hardware.peak_flops(mesh, options.cache_dir)
     with jax.set_mesh(mesh):
         context = Context(mesh=mesh, seed=experiment.seed, cache_dir=options.cache_dir)

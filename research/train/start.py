@@ -17,6 +17,13 @@ from research.train.experiment import Experiment, Init
 from research.train.state import TrainState
 
 
+def check_fits(experiment: Experiment, mesh: Mesh) -> None:
+    """Raises MeshError where the mesh does not divide the batch or the model, naming the nearest one that does."""
+    source, count = experiment.source, experiment.accumulate
+    splits = sharding.batch_splits(source.batch_size, source.sequence_length, microbatches=count)
+    sharding.check_mesh(mesh.shape, splits + experiment.model.splits(rows=source.batch_size // count))
+
+
 class Program:
     """An experiment on a mesh: the state's shapes and layout, and the jitted step that donates it."""
 

@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import math
+import re
+from dataclasses import dataclass, replace
+
 import jax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
@@ -6,12 +10,13 @@ from jax.sharding import AxisType, PartitionSpec
 from research.core import sharding
 from research.core.sharding import MeshError, MeshSpec
 from research.core.types import Precision
+from research.models.pipeline import Pipeline
 from tests import tiny
 
 
 def test_data_takes_the_devices_that_are_left():
     mesh = sharding.make_mesh(MeshSpec(fsdp=2, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 2, "stage": 1, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
     assert all(kind == AxisType.Auto for kind in mesh.axis_types)
 
 
@@ -27,27 +32,87 @@ def test_a_mesh_that_does_not_fit_is_one_sentence(spec):
 
 
 def test_rules_map_logical_to_mesh_axes():
-    assert sharding.partition_spec(("embed", "mlp")) == PartitionSpec("fsdp", "tensor")
-    assert sharding.partition_spec(("batch", "sequence", None)) == PartitionSpec(("data", "fsdp"), None, None)
+    assert sharding.partition_spec(("heads", "mlp")) == PartitionSpec("tensor", None)
+    assert sharding.partition_spec(("batch", "sequence", None)) == PartitionSpec(
+        ("data", "fsdp", "expert"), "context", None
+    )
     with pytest.raises(MeshError, match="did you mean 'embed'"):
         sharding.partition_spec(("embd",))
 
 
-def test_a_batch_that_the_mesh_does_not_divide():
-    mesh = sharding.make_mesh(MeshSpec())
-    sharding.check_batch(mesh, 16, 2)
-    with pytest.raises(MeshError, match="multiple of 8, such as 16"):
-        sharding.check_batch(mesh, 12 + 2)
+def test_a_mesh_axis_splits_the_first_dimension_that_asks_for_it():
+    assert sharding.partition_spec(("embed", "mlp")) == PartitionSpec(("fsdp", "expert", "context", "stage"), "tensor")
+    assert sharding.partition_spec(("expert", "embed", "mlp"), without=("stage",)) == PartitionSpec(
+        "expert", ("fsdp", "context"), "tensor"
+    )
+
+
+def test_there_are_56_meshes_of_8_devices():
+    found = sharding.meshes(8)
+    assert len({tuple(sizes.values()) for sizes in found}) == len(found) == 56
+
+
+ONE = dict.fromkeys(MeshSpec.__dataclass_fields__, 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "says"),
+    [
+        ({"fsdp": 8}, dict(batch_size=12, sequence_length=8), r"12 rows.*8 ways \(fsdp=8\).*data=4 x context=2"),
+        ({"context": 4, "data": 2}, dict(batch_size=8, sequence_length=12), "multiples of 2.*nearest.*data=4 x con"),
+        ({"data": 4}, dict(batch_size=7, sequence_length=7), "no mesh fits"),
+    ],
+)
+def test_a_batch_that_the_mesh_does_not_divide(sizes, batch, says):
+    with pytest.raises(MeshError, match=says) as error:
+        sharding.check_mesh({**ONE, **sizes}, sharding.batch_splits(**batch))
+    assert "\n" not in str(error.value)
+
+
+def test_microbatches_divide_the_batch():
     with pytest.raises(MeshError, match="multiple of 3"):
-        sharding.check_batch(mesh, 16, 3)
+        sharding.batch_splits(16, 8, microbatches=3)
 
 
-def test_a_parameter_that_the_mesh_does_not_divide_is_named():
-    mesh = sharding.make_mesh(MeshSpec(tensor=8))
-    with pytest.raises(MeshError, match="'heads' 8 ways.*the 4 of parameter layers/attention/"):
-        shapes = tiny.MODEL.shapes(Precision())
-        shapes["layers"] = {"attention": {"q": shapes["layers"]["attention"]["q"]}}
-        sharding.tree_shardings(mesh, shapes, tiny.MODEL.logical_axes())
+@pytest.mark.parametrize(
+    ("sizes", "model", "says"),
+    [
+        ({"tensor": 8}, {}, "'heads' of parameter layers/attention/.*8 ways.*does not divide 4.*tensor=2"),
+        ({"stage": 4, "data": 2}, {}, "2 repeated layers 4 ways.*stage=2"),
+        ({"stage": 2, "data": 4}, {"pipeline": Pipeline(rounds=2)}, "in multiples of 2"),
+        ({"stage": 4, "data": 2}, {"num_layers": 4, "pipeline": Pipeline(microbatches=3)}, "8 rows for the stages"),
+    ],
+)
+def test_a_model_that_the_mesh_does_not_divide(sizes, model, says):
+    """Every refusal names the numbers, and a mesh that the same model then fits."""
+    splits = replace(tiny.MODEL, **model).splits(rows=8)
+    with pytest.raises(MeshError, match=says) as error:
+        sharding.check_mesh({**ONE, **sizes}, splits)
+    (advice,) = re.findall(r"that fits is ([^;]*);", str(error.value))
+    near = {name: int(size) for name, size in (part.split("=") for part in advice.split(" x "))}
+    assert math.prod(near.values()) == math.prod(sizes.values())
+    sharding.check_mesh({**ONE, **near}, splits)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a mesh over slices asks of a device."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+
+
+def test_slices_are_joined_along_data():
+    """Neighbours along every other axis lie in one slice."""
+    chips = [Chip(i, slice_index=i % 2) for i in range(8)]
+    mesh = sharding.make_mesh(MeshSpec(data=4, tensor=2), chips)
+    kinds = [{chip.slice_index for chip in row.flat} for row in mesh.devices]
+    assert kinds == [{0}, {0}, {1}, {1}]
+    with pytest.raises(MeshError, match="data=1 is no multiple of 2.*data=2"):
+        sharding.make_mesh(MeshSpec(data=1, tensor=8), chips)
 
 
 def test_parameters_are_really_sharded():

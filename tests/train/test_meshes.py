@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from research.core import sharding
-from research.core.sharding import MeshError, MeshSpec
+from research.core.sharding import MeshSpec
 from research.core.tree import named_leaves
 from research.models.attention import Attention
 from research.models.decoder import Decoder
@@ -22,9 +22,8 @@ from research.models.mlp import Mlp
 from research.models.moe import Moe
 from research.models.routers import TopK
 from research.objectives.next_token import NextToken
-from research.train import hardware  # noqa: F401
 from research.train.experiment import AdamW
-from research.train.start import Program
+from research.train.start import Program, check_fits
 from tests import tiny
 from tests.train.test_step import first_state
 
@@ -54,7 +53,8 @@ MODELS = {"dense": DENSE, "experts": EXPERTS}
 
 def experiment(model):
     source = replace(tiny.experiment().source, sequence_length=32)
-    optimizer = AdamW(b1=B1, clip=0.0, weight_decay=0.1)
+    # eps above the rounding of gradients: Adam's first update is g / (|g| + eps), a sign where g is far above eps
+    optimizer = AdamW(b1=B1, clip=0.0, weight_decay=0.1, eps=1e-6)
     return tiny.experiment(model=model, objective=NextToken(z_loss=1e-3, chunk=16), optimizer=optimizer, source=source)
 
 
@@ -65,13 +65,16 @@ def batch():
 def trained(experiment, spec):
     """(loss, gradients, parameters after three steps of SGD, AdamW's change of them)."""
     mesh = sharding.make_mesh(spec)
+    check_fits(experiment, mesh)
     with jax.set_mesh(mesh):
         program = Program(experiment, mesh)
         state = jax.device_get(first_state(program))
         placed = {name: jax.device_put(x, sharding.batch_sharding(mesh)) for name, x in batch().items()}
 
         def gradient(params):
-            after, metrics = program.step(jax.device_put(state._replace(params=params), program.layout), {}, placed, RATE)
+            after, metrics = program.step(
+                jax.device_put(state._replace(params=params), program.layout), {}, placed, RATE
+            )
             (adam,) = [part for part in after.opt_state if hasattr(part, "mu")]
             after, mu = jax.device_get((after.params, adam.mu))
             return float(metrics["loss"]), jax.tree.map(lambda m: m / (1 - B1), mu), after
@@ -125,3 +128,20 @@ def compare(name, sizes, references):
 @pytest.mark.parametrize("sizes", DRAWN, ids=sharding.described)
 def test_every_mesh_is_one_device(name, sizes, references):
     compare(name, sizes, references)
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("name", MODELS)
+def test_all_56_meshes_are_one_device(name, references, capsys):
+    assert len(SHAPES) == 56
+    refused, failed = [], []
+    for sizes in SHAPES:
+        try:
+            compare(name, sizes, references)
+        except MeshError as error:
+            refused.append(str(error))
+        except AssertionError as error:
+            failed.append(f"{sharding.described(sizes)}: {error.args[0]}")
+    with capsys.disabled():
+        print(f"\n{name}: {len(SHAPES) - len(refused)} meshes ran, {len(refused)} were refused")
+    assert not refused and not failed, (refused, failed)
