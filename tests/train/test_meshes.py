@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from research.core import sharding
-from research.core.sharding import MeshSpec
+from research.core.sharding import MeshError, MeshSpec
 from research.core.tree import named_leaves
 from research.models.attention import Attention
 from research.models.decoder import Decoder
