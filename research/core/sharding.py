@@ -218,13 +218,14 @@ def check_mesh(sizes: Mapping[str, int], splits: Iterable[Split]) -> None:
     splits = list(splits)
     for split in splits:
         if split.size % split.ways(sizes):
+            count = math.prod(sizes[axis] for axis in split.axes)
             named = " x ".join(f"{axis}={sizes[axis]}" for axis in split.axes if sizes[axis] > 1)
-            each = f", in multiples of {split.multiple}" if split.multiple > 1 else ""
+            each = f", in multiples of {split.multiple}," if split.multiple > 1 else ""
             near = nearest_mesh(sizes, lambda other: not any(s.size % s.ways(other) for s in splits))
             advice = f"the nearest mesh of as many devices that fits is {described(near)}" if near else "no mesh fits"
             raise MeshError(
-                f"The mesh splits {split.what} {math.prod(sizes[axis] for axis in split.axes)} ways ({named}{each}), "
-                f"which does not divide {split.size}: {advice}; or change the sizes."
+                f"The mesh splits {split.what} {count} ways ({named}){each} which does not divide {split.size}: "
+                f"{advice}; or choose a multiple of {split.ways(sizes)}."
             )
 
 
@@ -275,9 +276,10 @@ def batch_splits(batch_size: int, sequence_length: int, *, microbatches: int = 1
             f"A batch of {batch_size} rows does not split into {microbatches} microbatches: choose a batch size "
             f"that is a multiple of {microbatches}."
         )
+    name = "a batch" if microbatches == 1 else f"each of {microbatches} microbatches"
     return [
-        Split(f"the {batch_size // microbatches} rows of a microbatch", batch_size // microbatches, RULES["batch"]),
-        Split("the sequence", sequence_length, RULES["sequence"], multiple=2),
+        Split(f"the {batch_size // microbatches} rows of {name}", batch_size // microbatches, RULES["batch"]),
+        Split(f"the {sequence_length} tokens of a sequence", sequence_length, RULES["sequence"], multiple=2),
     ]
 
 

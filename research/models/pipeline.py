@@ -45,8 +45,11 @@ class Pipeline:
         """What stages need of a microbatch of the optimizer's step and of the repeated layers."""
         layers = Split(f"the {repeats} repeated layers", repeats, (AXIS,), multiple=max(1, self.rounds))
         if self.microbatches:
-            return [layers, Split(f"{rows} rows for the stages", rows, (*RULES["batch"],), multiple=self.microbatches)]
-        return [layers, Split(f"{rows} rows over stages and shards", rows, (*RULES["batch"], AXIS))]
+            return [
+                layers,
+                Split(f"the {rows} rows that stages hand on", rows, (*RULES["batch"],), multiple=self.microbatches),
+            ]
+        return [layers, Split(f"the {rows} rows that stages hand on", rows, (*RULES["batch"], AXIS))]
 
     def schedule(self, *, rows: int, repeats: int) -> tuple[int, int] | None:
         """(microbatches, rounds) on the mesh in scope; None where there are no stages, or where so few rows, as in

@@ -61,10 +61,10 @@ ONE = dict.fromkeys(MeshSpec.__dataclass_fields__, 1)
         (
             {"fsdp": 8},
             dict(batch_size=12, sequence_length=8),
-            r"12 rows.*8 ways \(fsdp=8\).*does not divide 12: the near",
+            r"12 rows.*8 ways \(fsdp=8\) which.*12: the near",
         ),
         ({"context": 4, "data": 2}, dict(batch_size=8, sequence_length=12), "multiples of 2.*nearest.*data=4 x con"),
-        ({"data": 4}, dict(batch_size=7, sequence_length=7), "7 rows of a microbatch 4 ways"),
+        ({"data": 4}, dict(batch_size=7, sequence_length=7), "7 rows of a batch 4 ways"),
     ],
 )
 def test_a_batch_that_the_mesh_does_not_divide(sizes, batch, says):
@@ -84,7 +84,11 @@ def test_microbatches_divide_the_batch():
         ({"tensor": 8}, {}, "'kv_heads' of parameter layers/attention/.*8 ways.*does not divide 2.*tensor=2"),
         ({"stage": 4, "data": 2}, {}, "2 repeated layers 4 ways.*stage=2"),
         ({"stage": 2, "data": 4}, {"pipeline": Pipeline(rounds=2)}, "in multiples of 2"),
-        ({"stage": 4, "data": 2}, {"num_layers": 4, "pipeline": Pipeline(microbatches=3)}, "8 rows for the stages"),
+        (
+            {"stage": 4, "data": 2},
+            {"num_layers": 4, "pipeline": Pipeline(microbatches=3)},
+            "8 rows that stages hand on",
+        ),
     ],
 )
 def test_a_model_that_the_mesh_does_not_divide(sizes, model, says):

@@ -330,7 +330,7 @@ def test_mistakes(source, context):
     with pytest.raises(DataError, match="endless: say how many"):
         list(source.start(context).batches())
     if jax.device_count() > 1:
-        with pytest.raises(UserError, match="A batch of 3 rows"):
+        with pytest.raises(UserError, match="the 3 rows of a batch"):
             dataclasses.replace(source, batch_size=3).start(context)
 
 

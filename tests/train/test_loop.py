@@ -314,7 +314,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_under_another(finished, tmp_path, cach
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"mesh": MeshSpec(data=3)}, "batch of 8 rows"),
+        ({"mesh": MeshSpec(data=3)}, "8 rows of a batch 3 ways"),
         ({"accumulate": 3}, "multiple of 3"),
         ({"accumulate": 0}, "accumulate is 0"),
         ({"model": replace(tiny.MODEL, position=Learned(16))}, "table of 16 positions"),

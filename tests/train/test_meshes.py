@@ -5,6 +5,7 @@ Gradients are read off the real training step: after one step of AdamW from zero
 moment is (1 - b1) times the gradient.
 """
 
+import math
 import random
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,9 @@ from research.models.attention import Attention
 from research.models.decoder import Decoder
 from research.models.mlp import Mlp
 from research.models.moe import Moe
-from research.models.routers import TopK
+from research.models.pipeline import Pipeline
+from research.models.positions import Learned
+from research.models.routers import ExpertChoice, Gshard, Sigmoid, TopK, switch
 from research.objectives.next_token import NextToken
 from research.train.experiment import AdamW
 from research.train.start import Program, check_fits
@@ -29,6 +32,7 @@ from tests.train.test_step import first_state
 
 RATE, SGD_RATE, B1 = np.float32(1e-3), np.float32(0.5), 0.9
 MARGIN = 1e-5  # between the scores of an expert chosen and one not: float32 moves them by a tenth of it
+ONE = dict.fromkeys(MeshSpec.__dataclass_fields__, 1)
 SHAPES = sharding.meshes(8)
 DRAWN = random.Random(3).sample(SHAPES, 8)
 GAPS = []
@@ -110,9 +114,9 @@ def gaps(found, wanted):
     return {name: np.linalg.norm(got - want) / np.linalg.norm(want) for (name, got), want in pairs}
 
 
-def compare(name, sizes, references):
-    loss, gradients, sgd, adam = trained(experiment(MODELS[name]), MeshSpec(**sizes))
-    wanted = references(name)
+def compare(experiment, sizes, wanted):
+    loss, gradients, sgd, adam = trained(experiment, MeshSpec(**{**ONE, **sizes}))
+    sizes = {**ONE, **sizes}
     far = sizes["context"] > 1 or sizes["stage"] > 1
     assert abs(loss - wanted[0]) <= 1e-6 * abs(wanted[0])
     for what, found, want, limit in (
@@ -127,7 +131,77 @@ def compare(name, sizes, references):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("sizes", DRAWN, ids=sharding.described)
 def test_every_mesh_is_one_device(name, sizes, references):
-    compare(name, sizes, references)
+    compare(experiment(MODELS[name]), sizes, references(name))
+
+
+FIRST = replace(EXPERTS, first=(Mlp(32),) * 2, num_layers=10)
+PERIOD = replace(EXPERTS, mlp=(Mlp(32), EXPERTS.mlp))
+CAPACITY = {
+    "switch": replace(EXPERTS.mlp, router=switch(0.75)),
+    "expert choice": replace(EXPERTS.mlp, router=ExpertChoice(1.5)),
+    "deepseek": replace(EXPERTS.mlp, router=Sigmoid(2, groups=4, top_groups=2, bias_rate=0.01), shared_d_ff=16),
+    "gshard in buffers": replace(EXPERTS.mlp, router=Gshard(1.0), dispatch="buffers"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [
+        (replace(EXPERTS, mlp=CAPACITY["switch"]), {"context": 4, "expert": 2}),
+        (replace(EXPERTS, mlp=CAPACITY["expert choice"]), {"context": 2, "expert": 2, "tensor": 2}),
+        (replace(EXPERTS, mlp=CAPACITY["deepseek"]), {"stage": 2, "fsdp": 2, "expert": 2}),
+        (replace(EXPERTS, mlp=CAPACITY["gshard in buffers"]), {"expert": 4, "tensor": 2}),
+        (replace(EXPERTS, mlp=CAPACITY["gshard in buffers"]), {"stage": 2, "context": 2, "expert": 2}),
+        (replace(FIRST, remat="full"), {"stage": 4, "expert": 2}),
+        (replace(PERIOD, remat="save_weight_matmuls", pipeline=Pipeline(rounds=1)), {"stage": 4, "context": 2}),
+        (replace(DENSE, remat="save_matmuls", pipeline=Pipeline(microbatches=4, rounds=2)), {"stage": 2, "data": 2}),
+        (replace(DENSE, head="tied", position=Learned(32)), {"stage": 2, "tensor": 2, "context": 2}),
+    ],
+    ids=lambda value: sharding.described(value) if isinstance(value, dict) else "",
+)
+def test_other_models_are_one_device(model, sizes):
+    """Capacity, choice by experts and random second choices are of whole rows; stages hold patterns of layers."""
+    ones = trained(experiment(model), MeshSpec(data=1))
+    compare(experiment(model), sizes, ones)
+
+
+def compiled(model, sizes):
+    """The training step's program on a mesh, and what it was compiled for."""
+    mesh = sharding.make_mesh(MeshSpec(**{**ONE, **sizes}))
+    with jax.set_mesh(mesh):
+        program = Program(experiment(model), mesh)
+        place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+        state = jax.tree.map(place, program.shapes, program.layout)
+        placed = {name: place(x, sharding.batch_sharding(mesh)) for name, x in batch().items()}
+        return program, program.step.lower(state, {}, placed, RATE).compile()
+
+
+def test_stages_share_the_work():
+    """A tick computes one microbatch of one layer on each device; M R + S - 1 ticks, of which S - 1 are idle."""
+    (_, one), (_, staged) = compiled(DENSE, {}), compiled(DENSE, {"stage": 8})
+    # loop bodies are counted once: a layer on all eight rows against a layer on one row, and an eighth of the head
+    assert staged.cost_analysis()["flops"] < 1.2 / 8 * one.cost_analysis()["flops"]
+    assert 'known_trip_count":{"n":"15"}' in staged.as_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("dense", {"fsdp": 8}), ("experts", {"expert": 2, "fsdp": 2, "stage": 2}), ("dense", {"context": 4, "tensor": 2})],
+    ids=str,
+)
+def test_sharding_really_shards(name, sizes):
+    """As compiled: every device holds an eighth of every matrix and of its moments; only vectors are everywhere."""
+    program, found = compiled(MODELS[name], sizes)
+    (inputs, *_), outputs = found.input_shardings[0], found.output_shardings[0]
+    for state in (inputs, outputs):
+        (adam,) = [part for part in state.opt_state if hasattr(part, "mu")]
+        for tree in (state.params, adam.mu, adam.nu):
+            for (leaf, where), shape in zip(
+                named_leaves(tree).items(), jax.tree.leaves(program.shapes.params), strict=True
+            ):
+                share = math.prod(where.shard_shape(shape.shape)) / math.prod(shape.shape)
+                assert share == (1 if "norm" in leaf else 1 / 8), (leaf, share)
 
 
 @pytest.mark.verify
@@ -137,7 +211,7 @@ def test_all_56_meshes_are_one_device(name, references, capsys):
     refused, failed = [], []
     for sizes in SHAPES:
         try:
-            compare(name, sizes, references)
+            compare(experiment(MODELS[name]), sizes, references(name))
         except MeshError as error:
             refused.append(str(error))
         except AssertionError as error:
