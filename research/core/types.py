@@ -137,6 +137,10 @@ class Source(Protocol):
         """How many token ids its batches may hold."""
         ...
 
+    def batch_shapes(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """What a global batch holds: a program can be compiled before there are any data."""
+        ...
+
     def start(self, context: Context) -> Stream: ...
 
 

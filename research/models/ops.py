@@ -2,7 +2,8 @@
 """Operations with one signature and several implementations, chosen by the platform of the mesh's devices.
 
 ``attention``: "plain" is the oracle and forms [B, N, T, S] scores; "blocked" goes through blocks of queries and
-leaves out the keys that no query of the block may see, which on a CPU takes about half the time.
+leaves out the keys that no query of the block may see, which on a CPU takes about half the time; "splash" are
+kernels for TPUs and "cudnn" those for GPUs.
 """
 
 import itertools
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 from research.core.types import Array, UserError
 from research.models.blocked_attention import MASKED, blocked_attention
 
-AttentionImplementation = Literal["auto", "plain", "blocked"]
+AttentionImplementation = Literal["auto", "plain", "blocked", "splash", "cudnn"]
+IMPLEMENTATION: dict[str, AttentionImplementation] = {"cpu": "blocked", "tpu": "splash", "gpu": "cudnn"}
 BLOCKS = 4  # of queries; 2 leaves a quarter of the square more, 8 gains nothing (measured at 512)
 SMALLEST_BLOCK = 16
 
@@ -113,15 +115,28 @@ def attention(
     of K -> [B, T, N, H] in q's dtype; softmax in float32. positions and segments [B, T] and [B, S] decide what is
     seen (``Visibility``); ``bias`` maps query and key positions to [B, N, T, S] added to the scores. ``aligned``
     promises packed training rows: slot t of the queries and of the keys is the same token, and positions count
-    the slots since the segment began. Only then may blocks of keys be left out ("blocked" else falls back to
-    "plain").
+    the slots since the segment began. Only then may blocks of keys be left out: what is not aligned, or not of a
+    shape that an implementation takes, falls back to "plain".
     """
-    if bias is not None and implementation == "blocked":
-        raise UserError("Blocked attention takes no bias: choose attention.implementation=plain, or auto.")
-    fits = aligned and bias is None and visibility.kind == "causal" and q_BTNH.shape[1] % BLOCKS == 0
-    wanted = implementation == "blocked" or (implementation == "auto" and platform == "cpu")
-    if wanted and fits and q_BTNH.shape[1] >= BLOCKS * SMALLEST_BLOCK:
-        return blocked_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, window=visibility.window, blocks=BLOCKS)
+    if bias is not None and implementation not in ("auto", "plain"):
+        raise UserError(
+            f"The attention {implementation!r} takes no bias: choose attention.implementation=plain, or auto."
+        )
+    chosen = IMPLEMENTATION.get(platform, "plain") if implementation == "auto" else implementation
+    window = visibility.window
+    if aligned and bias is None and visibility.kind == "causal":
+        if chosen == "blocked" and q_BTNH.shape[1] % BLOCKS == 0 and q_BTNH.shape[1] >= BLOCKS * SMALLEST_BLOCK:
+            return blocked_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, window=window, blocks=BLOCKS)
+        if chosen == "splash":
+            from research.models import splash_attention  # here: Pallas takes a tenth of a second to import
+
+            if splash_attention.fits(q_BTNH, k_BSKH):
+                interpret = platform != "tpu"
+                return splash_attention.attention(
+                    q_BTNH, k_BSKH, v_BSKH, q_segments, window=window, interpret=interpret
+                )
+        if chosen == "cudnn" and q_BTNH.dtype in (jnp.bfloat16, jnp.float16):
+            return _cudnn(q_BTNH, k_BSKH, v_BSKH, q_segments, window)
     mask = mask_BTS(
         visibility,
         q_positions=q_positions,
@@ -130,6 +145,21 @@ def attention(
         kv_segments=kv_segments,
     )
     return _attend(q_BTNH, k_BSKH, v_BSKH, mask, bias(q_positions, kv_positions) if bias else None)
+
+
+def _cudnn(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array, window: int) -> Array:
+    """Causal attention within segments by cuDNN, in half precision; q comes scaled."""
+    same_BNTS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        mask=same_BNTS,
+        scale=1.0,
+        is_causal=True,
+        local_window_size=(window - 1, 0) if window else None,
+        implementation="cudnn",
+    )
 
 
 def _attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Array, bias: Array | None) -> Array:
