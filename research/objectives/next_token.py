@@ -7,16 +7,17 @@ computed twice and the backward pass only multiplies by its cotangent.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from research.core.types import Array, Batch, Loss, Policy, Term, UserError, WeightedSum
-
-Head = Callable[[Array], Array]
+from research.core.sharding import partition_spec
+from research.core.types import Array, Batch, Head, Loss, Policy, Term, UserError, WeightedSum
 
 
 class TokenSums(NamedTuple):
@@ -73,24 +74,85 @@ def token_sums(
 ) -> TokenSums:
     """Sums over tokens of the loss and its companions, in float32.
 
-    head: a pytree that maps hidden [..., D] to logits [..., V]; hidden [B, T, D]; targets and weights [B, T].
+    head: maps hidden [..., D] to logits [..., V]; hidden [B, T, D]; targets and weights [B, T].
     The value and the gradients with respect to head and hidden equal those of the plain form.
+
+    On a mesh every device takes its share of the tokens, fetches the head once, and adds up its gradient over all of
+    its chunks before the devices add up theirs: left to the compiler, both would be done for every chunk.
     """
-    columns, padding = _chunking(hidden_BTD.shape[0], hidden_BTD.shape[1], chunk)
-    if padding:
-        hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0)))
-        targets_BT, weights_BT = (jnp.pad(x, ((0, 0), (0, padding))) for x in (targets_BT, weights_BT))
-    return _chunked(columns, z_loss, head, hidden_BTD, targets_BT, weights_BT)
+    return _sums(z_loss, chunk, head, hidden_BTD, targets_BT, weights_BT)
 
 
-def _chunking(batch: int, length: int, chunk: int) -> tuple[int, int]:
-    """How many of the T columns go into one chunk, so that B stays split over the mesh, and how many to add."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sums(z_loss: float, chunk: int, head: Head, hidden: Array, targets: Array, weights: Array) -> TokenSums:
+    return _over_mesh(functools.partial(_values, z_loss, chunk), head, hidden, targets, weights)
+
+
+def _forward(
+    z_loss: float, chunk: int, head: Head, hidden: Array, targets: Array, weights: Array
+) -> tuple[TokenSums, tuple]:
+    run = functools.partial(_values_and_gradients, z_loss, chunk)
+    sums, head_gradient, hidden_gradient = _over_mesh(run, head, hidden, targets, weights, gradient=True)
+    return sums, (head_gradient, hidden_gradient, jax.tree.map(lambda p: jnp.zeros((), p.dtype), head))
+
+
+def _backward(z_loss: float, chunk: int, saved: tuple, cotangent: TokenSums) -> tuple:
+    del z_loss, chunk
+    head_gradient, hidden_gradient, dtypes = saved
+    scale = cotangent.loss
+    head = jax.tree.map(lambda g, like: (g * scale).astype(like.dtype), head_gradient, dtypes)
+    return head, hidden_gradient * scale.astype(hidden_gradient.dtype), None, None
+
+
+_sums.defvjp(_forward, _backward)
+
+
+def _over_mesh(run: Callable[..., Any], head: Head, hidden: Array, *tokens: Array, gradient: bool = False) -> Any:
+    """``run`` on all tokens, or on each device's share of them: rows as the batch lies, columns over the other axes.
+
+    It gives sums, and with ``gradient`` the gradients of head and hidden too.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-    wanted = min(length, max(1, chunk * ways // batch)) if chunk else length
-    chunks = -(-length // wanted)
-    columns = -(-length // chunks)
-    return columns, chunks * columns - length
+    rows = () if mesh.empty else partition_spec(("batch",))[0] or ()
+    rows = (rows,) if isinstance(rows, str) else rows
+    if mesh.empty or mesh.size == 1 or hidden.shape[0] % math.prod(mesh.shape[name] for name in rows):
+        return run(head.cast(), hidden, *tokens)
+    columns = tuple(name for name in mesh.axis_names if name not in rows)
+    length = hidden.shape[1]
+    padding = -length % math.prod(mesh.shape[name] for name in columns)
+    specs, share = head.specs(), PartitionSpec(rows, columns)
+
+    def local(head: Head, *arrays: Array) -> Any:
+        found = run(jax.tree.map(_gathered, head.cast(), specs), *arrays)
+        if not gradient:
+            return jax.lax.psum(found, mesh.axis_names)
+        sums, d_head, d_hidden = found
+        d_head = jax.tree.map(scattered, d_head, specs)
+        # the barrier: else the whole head's gradient may wait in memory until the rest of the model is done
+        return jax.lax.psum(sums, mesh.axis_names), *jax.lax.optimization_barrier((d_head, d_hidden))
+
+    def scattered(d_w: Array, spec: PartitionSpec) -> Array:
+        """The sum over all devices, of which each keeps the part that it holds of the parameter."""
+        for dim, names in enumerate(spec):
+            if names is not None:
+                d_w = jax.lax.psum_scatter(d_w, names, scatter_dimension=dim, tiled=True)
+        return jax.lax.psum(d_w, tuple(name for name in mesh.axis_names if name not in _named(spec)))
+
+    padded = [jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden, *tokens)]
+    out = (PartitionSpec(), specs, share) if gradient else PartitionSpec()
+    found = jax.shard_map(local, in_specs=(specs, share, share, share), out_specs=out, check_vma=False)(head, *padded)
+    return (*found[:2], found[2][:, :length]) if gradient else found
+
+
+def _gathered(w: Array, spec: PartitionSpec) -> Array:
+    for dim, names in enumerate(spec):
+        if names is not None:
+            w = jax.lax.all_gather(w, names, axis=dim, tiled=True)
+    return w
+
+
+def _named(spec: PartitionSpec) -> set[str]:
+    return {name for names in spec if names is not None for name in ((names,) if isinstance(names, str) else names)}
 
 
 def _chunk_sums(
@@ -115,28 +177,36 @@ def _chunk_sums(
     return sums, jax.lax.optimization_barrier(d_logits)  # else each product that reads it would form it again
 
 
-def _split(x: Array, columns: int) -> Array:
-    """[B, T, ...] -> [chunks, B * columns, ...]."""
-    batch, length = x.shape[:2]
-    parts = jnp.moveaxis(x.reshape(batch, length // columns, columns, *x.shape[2:]), 1, 0)
-    return parts.reshape(parts.shape[0], batch * columns, *x.shape[2:])
+def _split(chunk: int, *arrays: Array) -> tuple[Array, ...]:
+    """Each of the arrays [B, T, ...] as [chunks, about ``chunk`` tokens, ...], padded with zeros."""
+    batch, length = arrays[0].shape[:2]
+    wanted = min(length, max(1, chunk // batch)) if chunk else length
+    chunks = -(-length // wanted)
+    columns = -(-length // chunks)
+
+    def one(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, chunks * columns - length)) + ((0, 0),) * (x.ndim - 2))
+        parts = jnp.moveaxis(x.reshape(batch, chunks, columns, *x.shape[2:]), 1, 0)
+        return parts.reshape(chunks, batch * columns, *x.shape[2:])
+
+    return tuple(one(x) for x in arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(columns: int, z_loss: float, head: Head, hidden: Array, targets: Array, weights: Array) -> TokenSums:
-    def body(total: TokenSums, part: tuple[Array, Array, Array]) -> tuple[TokenSums, None]:
-        part_hidden, part_targets, part_weights = part
-        sums, _ = _chunk_sums(z_loss, head(part_hidden), part_targets, part_weights, gradient=False)
+def _values(z_loss: float, chunk: int, head: Head, *arrays: Array) -> TokenSums:
+    def body(total: TokenSums, part: tuple[Array, ...]) -> tuple[TokenSums, None]:
+        hidden, targets, weights = part
+        sums, _ = _chunk_sums(z_loss, head(hidden), targets, weights, gradient=False)
         return jax.tree.map(jnp.add, total, sums), None
 
-    parts = tuple(_split(x, columns) for x in (hidden, targets, weights))
-    return jax.lax.scan(body, TokenSums(*[jnp.zeros(())] * 4), parts)[0]
+    return jax.lax.scan(body, TokenSums(*[jnp.zeros(())] * 4), _split(chunk, *arrays))[0]
 
 
-def _chunked_forward(
-    columns: int, z_loss: float, head: Head, hidden: Array, targets: Array, weights: Array
-) -> tuple[TokenSums, tuple]:
-    def body(carry: tuple, part: tuple[Array, Array, Array]) -> tuple[tuple, Array]:
+def _values_and_gradients(
+    z_loss: float, chunk: int, head: Head, hidden: Array, *tokens: Array
+) -> tuple[TokenSums, Any, Array]:
+    """The sums, and the loss's gradients with respect to the head's parameters (float32) and to hidden."""
+
+    def body(carry: tuple, part: tuple[Array, ...]) -> tuple[tuple, Array]:
         total, d_head = carry
         part_hidden, part_targets, part_weights = part
         logits, pull_back = jax.vjp(lambda head, x: head(x), head, part_hidden)
@@ -145,22 +215,9 @@ def _chunked_forward(
         d_head = jax.tree.map(lambda total, d: total + d.astype(total.dtype), d_head, d_part)
         return (jax.tree.map(jnp.add, total, sums), d_head), d_hidden
 
-    parts = tuple(_split(x, columns) for x in (hidden, targets, weights))
     start = TokenSums(*[jnp.zeros(())] * 4), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), head)
-    (sums, head_gradient), hidden_gradient = jax.lax.scan(body, start, parts)
+    parts = _split(chunk, hidden, *tokens)
+    (sums, d_head), d_parts = jax.lax.scan(body, start, parts)
     batch, length, width = hidden.shape
-    by_row = hidden_gradient.reshape(length // columns, batch, columns, width)
-    hidden_gradient = jnp.moveaxis(by_row, 0, 1).reshape(hidden.shape)
-    dtypes = jax.tree.map(lambda p: jnp.zeros((), p.dtype), head)
-    return sums, (head_gradient, hidden_gradient, dtypes)
-
-
-def _chunked_backward(columns: int, z_loss: float, saved: tuple, cotangent: TokenSums) -> tuple:
-    del columns, z_loss
-    head_gradient, hidden_gradient, dtypes = saved
-    scale = cotangent.loss
-    head = jax.tree.map(lambda g, like: (g * scale).astype(like.dtype), head_gradient, dtypes)
-    return head, hidden_gradient * scale.astype(hidden_gradient.dtype), None, None
-
-
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+    by_row = jnp.moveaxis(d_parts.reshape(d_parts.shape[0], batch, -1, width), 0, 1)
+    return sums, d_head, by_row.reshape(batch, -1, width)[:, :length]
