@@ -143,26 +143,17 @@ class Program:
         if noted := re.search(r'known_trip_count\D*"?n"?\D*(\d+)', loop.rest):
             return int(noted[1])
         condition, body = (self.computations[loop.attribute(name)] for name in ("condition", "body"))
-        test = next(i for i in condition.values() if i.root)
-        while test.opcode in ("fusion", "call", "copy") and (called := _called(test)):
-            condition = self.computations[called[0]]
-            test = next(i for i in condition.values() if i.root)
-        limits = [i for i in self.computations[loop.attribute("condition")].values() if i.opcode == "constant"]
-        counters = [i for i in self.computations[loop.attribute("condition")].values() if i.opcode == "get-tuple-element"]
+        test = _root(condition)
+        while test.opcode in ("fusion", "call") and (called := _called(test)):
+            test = _root(self.computations[called[0]])
+        limits = [i for i in condition.values() if i.opcode == "constant"]
+        counters = [i for i in condition.values() if i.opcode == "get-tuple-element"]
         if test.opcode != "compare" or test.attribute("direction") != "LT" or len(limits) != 1 or len(counters) != 1:
             raise ValueError(f"The program does not say how often {loop.name} runs.")
-        index = int(counters[0].attribute("index"))
-        start = _constant(self._element(self.computations[place], loop.operands[0], index), self.computations[place], 0)
-        root = next(i for i in body.values() if i.root)
-        step = _step(self._element(body, root.name, index), body)
+        index, here = int(counters[0].attribute("index")), self.computations[place]
+        start = _constant(_element(here, loop.operands[0], index), here, 0)
+        step = _step(_element(body, _root(body).name, index), body)
         return math.ceil((_literal(limits[0]) - start) / step)
-
-    def _element(self, computation: _Computation, name: str, index: int) -> _Instruction | None:
-        """Element ``index`` of a tuple that is put together in the computation."""
-        whole = computation.get(name)
-        if whole is None or whole.opcode != "tuple" or index >= len(whole.operands):
-            return None
-        return computation.get(whole.operands[index])
 
 
 def size(type_text: str) -> int:
@@ -181,6 +172,18 @@ def _is_kernel(instruction: _Instruction) -> bool:
 def _called(instruction: _Instruction) -> list[str]:
     branches = _BRANCHES.findall(instruction.rest)
     return _CALLED.findall(instruction.rest) + [name.strip(" %") for group in branches for name in group.split(",")]
+
+
+def _root(computation: _Computation) -> _Instruction:
+    return next(i for i in computation.values() if i.root)
+
+
+def _element(computation: _Computation, name: str, index: int) -> _Instruction | None:
+    """Element ``index`` of a tuple that is put together in the computation."""
+    whole = computation.get(name)
+    if whole is None or whole.opcode != "tuple" or index >= len(whole.operands):
+        return None
+    return computation.get(whole.operands[index])
 
 
 def _literal(constant: _Instruction) -> int:

@@ -135,7 +135,7 @@ def attention(
                 return splash_attention.attention(
                     q_BTNH, k_BSKH, v_BSKH, q_segments, window=window, interpret=interpret
                 )
-        if chosen == "cudnn" and q_BTNH.dtype in (jnp.bfloat16, jnp.float16):
+        if chosen == "cudnn" and _cudnn_fits(q_BTNH):
             return _cudnn(q_BTNH, k_BSKH, v_BSKH, q_segments, window)
     mask = mask_BTS(
         visibility,
@@ -145,6 +145,12 @@ def attention(
         kv_segments=kv_segments,
     )
     return _attend(q_BTNH, k_BSKH, v_BSKH, mask, bias(q_positions, kv_positions) if bias else None)
+
+
+def _cudnn_fits(q_BTNH: Array) -> bool:
+    """What cuDNN takes on every GPU: half precision, heads of whole octets up to 128, even lengths."""
+    half, (_, length, _, width) = q_BTNH.dtype in (jnp.bfloat16, jnp.float16), q_BTNH.shape
+    return half and length % 2 == 0 and width % 8 == 0 and width <= 128
 
 
 def _cudnn(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array, window: int) -> Array:

@@ -8,13 +8,14 @@ The TPU compiler (libtpu) runs on any x86-64 host. A process that uses it should
 JAX_PLATFORMS=cpu.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from research.core import sharding
 from research.core.types import UserError
@@ -22,7 +23,7 @@ from research.train.experiment import Experiment
 from research.train.start import Program
 
 # Memory of one chip in bytes, by the first part of a topology's name (cloud.google.com/tpu/docs/v5e and so on).
-HBM = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
+HBM = {"v4": 32e9, "v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
 
 
 def topology_devices(name: str) -> list[Any]:
@@ -42,13 +43,20 @@ def topology_devices(name: str) -> list[Any]:
         ) from error
 
 
+def compiler_version() -> str:
+    return importlib.metadata.version("libtpu")
+
+
 def lower_step(experiment: Experiment, devices: list[Any]) -> jax.stages.Lowered:
     """The experiment's real step on its mesh over the devices, lowered for shapes alone."""
     mesh = sharding.make_mesh(experiment.mesh, devices)
     sharding.check_batch(mesh, experiment.source.batch_size, experiment.accumulate)
     program = Program(experiment, mesh)
     state = jax.tree.map(_placed, program.shapes, program.layout)
-    batch = {name: batch_shape(mesh, whole) for name, whole in experiment.source.batch_shapes().items()}
+    batch = {
+        name: _placed(whole, sharding.batch_sharding(mesh, len(whole.shape)))
+        for name, whole in experiment.source.batch_shapes().items()
+    }
     rate = _placed(jax.ShapeDtypeStruct((), jnp.float32), sharding.replicated(mesh))
     with jax.set_mesh(mesh):  # here alone: nothing may be computed on devices that are not there
         return program.step.lower(state, {}, batch, rate)
@@ -57,10 +65,6 @@ def lower_step(experiment: Experiment, devices: list[Any]) -> jax.stages.Lowered
 def compile_step(experiment: Experiment, topology: str) -> jax.stages.Compiled:
     """The experiment's step as the TPUs of the topology would run it. Raises UserError for an unknown topology."""
     return lower_step(experiment, topology_devices(topology)).compile()
-
-
-def batch_shape(mesh: Mesh, whole: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return _placed(whole, sharding.batch_sharding(mesh, len(whole.shape)))
 
 
 def _placed(shape: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
