@@ -112,7 +112,7 @@ def measure(name: str) -> dict[str, Any]:
         "flops": experiment.flops_per_token * planned.rows * planned.length,
         "bytes_accessed": costs["bytes accessed"],
         "traffic": program.traffic(),
-        "largest_collective": max(c.bytes for c in program.collectives()),
+        "collectives": [(c.kind, c.bytes, c.runs) for c in program.collectives()],
         "kernels": program.kernels(),
         "seconds": seconds,
         "libtpu": ahead.compiler_version(),
