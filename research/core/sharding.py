@@ -42,6 +42,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "sequence": ("context",),
     "residual_sequence": ("context", "tensor"),
+    "head_sequence": ("context", "tensor", "stage"),
     "act_embed": (),
     "act_mlp": ("tensor",),
     "act_heads": ("tensor",),

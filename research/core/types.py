@@ -6,7 +6,7 @@ width, F feed-forward, E experts, V vocabulary, L layers. In ``research/scaling`
 instead (``params``, ``tokens``, ``flops``), because there N and D mean other things.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -75,6 +75,22 @@ class Precision:
     logits: Literal["float32", "bfloat16"] = "float32"
 
 
+class Head(Protocol):
+    """A model's output head: a pytree of its own parameters only, so that it can be differentiated in chunks."""
+
+    def __call__(self, hidden: Array) -> Array:
+        """[..., D] -> logits [..., V]."""
+        ...
+
+    def cast(self) -> "Head":
+        """The same with its parameters in the number format of its products."""
+        ...
+
+    def specs(self) -> "Head":
+        """The same with a PartitionSpec in the place of each parameter: how they lie on the mesh."""
+        ...
+
+
 class Policy(Protocol):
     """A model bound to its parameters; a pytree (``research.models.bound.Bound``)."""
 
@@ -82,9 +98,7 @@ class Policy(Protocol):
 
     def logits(self, hidden: Array) -> Array: ...
 
-    def head(self) -> Callable[[Array], Array]:
-        """``logits`` as a pytree that holds the head's own parameters only, to be differentiated in chunks."""
-        ...
+    def head(self) -> Head: ...
 
 
 @runtime_checkable
@@ -135,6 +149,10 @@ class Source(Protocol):
 
     def vocab_size(self, cache_dir: Path) -> int:
         """How many token ids its batches may hold."""
+        ...
+
+    def batch_shapes(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """What a global batch holds: a program can be compiled before there are any data."""
         ...
 
     def start(self, context: Context) -> Stream: ...

@@ -102,6 +102,13 @@ class TextSource:
         """Ids the tokenizer has; found without training it where the spec says it."""
         return self.tokenizer.size or self.tokenizer_for(cache_dir).vocab_size
 
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Those of ``TextStream``'s batches."""
+        shape = self.batch_size, self.sequence_length
+        ids, amounts = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, np.float32))
+        names = "tokens", "targets", "segment_ids", "positions"
+        return dict.fromkeys(names, ids) | dict.fromkeys(("weights", "target_bytes"), amounts)
+
     def prepare(self, cache_dir: Path) -> DataInfo:
         """Fills the cache with all that a run needs (tokenizer, both splits) and says what it is."""
         return self._load(Path(cache_dir))[2]
@@ -156,7 +163,6 @@ class TextStream:
     ) -> None:
         self.source, self.tokenizer = source, tokenizer
         self._sharding = batch_sharding(context.mesh)
-        self._shape = (source.batch_size, source.sequence_length)
         self._token_bytes = tokenizer.token_bytes.astype(np.float32)
         self._weights = [weight for _, weight in parts(source.corpus)]
         seed = context.seed if source.shuffle else FIXED_ORDER
@@ -208,12 +214,12 @@ class TextStream:
         if not self._closed:
             self._pending = (following, self._worker.submit(self._host_batch, following))
 
-        def shard(name: str) -> jax.Array:
+        def shard(name: str, whole: jax.ShapeDtypeStruct) -> jax.Array:
             return jax.make_array_from_callback(
-                self._shape, self._sharding, lambda index: host[self._span(index)][name][:, index[1]]
+                whole.shape, self._sharding, lambda index: host[self._span(index)][name][:, index[1]]
             )
 
-        return {name: shard(name) for name in next(iter(host.values()))}
+        return {name: shard(name, whole) for name, whole in self.source.batch_shapes().items()}
 
     def batches(self, limit: int | None = None) -> Iterator[Batch]:
         """The stream's batches from step 0: all of a stream in order, or the first ``limit``."""
@@ -280,7 +286,8 @@ class TextStream:
 
     def _host_batch(self, row: int) -> dict[tuple[int, int], dict[str, np.ndarray]]:
         """The rows that this host's devices hold, by span within the batch."""
-        spans = {self._span(index) for index in self._sharding.addressable_devices_indices_map(self._shape).values()}
+        shape = self.source.batch_size, self.source.sequence_length
+        spans = {self._span(index) for index in self._sharding.addressable_devices_indices_map(shape).values()}
         return {(start, stop): self.assemble(row + start, row + stop) for start, stop in sorted(spans)}
 
     def _span(self, index: tuple[slice, ...]) -> tuple[int, int]:

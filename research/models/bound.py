@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model bound to its parameters: what objectives, sources and evals are handed."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+from research.core.sharding import partition_spec
 from research.core.types import Array, Batch, Output, Params
 
 
@@ -38,10 +40,19 @@ class Bound:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Head:
-    """The output head alone, differentiable by itself: a loss in chunks need not carry the whole model's gradient."""
+    """The output head alone, differentiable by itself (``research.core.types.Head``)."""
 
     params: Params
     module: nn.Module = field(metadata={"static": True})
 
     def __call__(self, hidden: Array) -> Array:
         return self.module.apply({"params": self.params}, hidden, method="logits")
+
+    def cast(self) -> "Head":
+        dtype = jnp.dtype(self.module.precision.logits)
+        return replace(self, params=jax.tree.map(lambda w: w.astype(dtype), self.params))
+
+    def specs(self) -> "Head":
+        axes = self.module.head_params(self.module.config.logical_axes())
+        is_axes = lambda a: isinstance(a, tuple)  # noqa: E731
+        return replace(self, params=jax.tree.map(partition_spec, axes, is_leaf=is_axes))

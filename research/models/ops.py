@@ -2,7 +2,8 @@
 """Operations with one signature and several implementations, chosen by the platform of the mesh's devices.
 
 ``attention``: "plain" is the oracle and forms [B, N, T, S] scores; "blocked" goes through blocks of queries and
-leaves out the keys that no query of the block may see, which on a CPU takes about half the time.
+leaves out the keys that no query of the block may see, which on a CPU takes about half the time; "splash" are
+kernels for TPUs and "cudnn" those for GPUs.
 """
 
 import itertools
@@ -13,13 +14,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from research.core import sharding
 from research.core.types import Array, UserError
-from research.models import ring_attention
+from research.models import chunked_attention, ring_attention
 from research.models.blocked_attention import blocked_attention
-from research.models.chunked_attention import chunked_attention
 from research.models.visibility import MASKED, Places, Visibility, mask_BTS
 
-AttentionImplementation = Literal["auto", "plain", "blocked", "chunked"]
+AttentionImplementation = Literal["auto", "plain", "blocked", "chunked", "splash", "cudnn"]
+IMPLEMENTATION: dict[str, AttentionImplementation] = {"cpu": "blocked", "tpu": "splash", "gpu": "cudnn"}
 BLOCKS = 4  # of queries; 2 leaves a quarter of the square more, 8 gains nothing (measured at 512)
 SMALLEST_BLOCK = 16
 LONGEST_PLAIN = 2048  # beyond it, scores of a whole row of the batch are not formed
@@ -90,25 +92,70 @@ def attention(
     of K -> [B, T, N, H] in q's dtype; softmax in float32. positions and segments [B, T] and [B, S] decide what is
     seen (``Visibility``); ``bias`` maps query and key positions to [B, N, T, S] added to the scores. ``aligned``
     promises packed training rows: slot t of the queries and of the keys is the same token, and positions count
-    the slots since the segment began. Only then may blocks of keys be left out ("blocked" else falls back to
-    "plain").
+    the slots since the segment began. Only then may blocks of keys be left out: what is not aligned, or not of a
+    shape that an implementation takes, falls back to "plain".
     """
     if bias is not None and implementation not in ("auto", "plain"):
-        raise UserError(f"{implementation} attention takes no bias: choose attention.implementation=plain, or auto.")
+        raise UserError(
+            f"The attention {implementation!r} takes no bias: choose attention.implementation=plain, or auto."
+        )
     places = Places(q_positions, kv_positions, q_segments, kv_segments)
-    length, causal = q_BTNH.shape[1], visibility.kind == "causal"
-    chosen = implementation
-    if aligned and bias is None and causal and chosen != "plain" and ring_attention.applies(length):
-        return ring_attention.ring_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, q_segments, visibility)
-    if chosen == "auto":
-        long = length > LONGEST_PLAIN and bias is None
-        chosen = "chunked" if long else "blocked" if platform == "cpu" and bias is None else "plain"
-    if chosen == "blocked" and aligned and causal and length % BLOCKS == 0 and length >= BLOCKS * SMALLEST_BLOCK:
-        return blocked_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, window=visibility.window, blocks=BLOCKS)
-    if chosen == "chunked":
-        return chunked_attention(q_BTNH, k_BSKH, v_BSKH, places, visibility, aligned=aligned)
+    length, window = q_BTNH.shape[1], visibility.window
+    chosen = IMPLEMENTATION.get(platform, "plain") if implementation == "auto" else implementation
+    if aligned and bias is None and visibility.kind == "causal" and chosen != "plain":
+        if ring_attention.applies(length):
+            block = _ring_block(q_BTNH, window, platform) if chosen == "splash" else chunked_attention
+            return ring_attention.ring_attention(
+                q_BTNH, k_BSKH, v_BSKH, q_positions, q_segments, visibility, block=block
+            )
+        short = implementation == "blocked" or length <= LONGEST_PLAIN
+        if chosen == "blocked" and short and length % BLOCKS == 0 and length >= BLOCKS * SMALLEST_BLOCK:
+            return blocked_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, window=window, blocks=BLOCKS)
+        if chosen == "splash":
+            from research.models import splash_attention  # here: Pallas takes a tenth of a second to import
+
+            if splash_attention.fits(q_BTNH, k_BSKH):
+                interpret = platform != "tpu"
+                return splash_attention.attention(
+                    q_BTNH, k_BSKH, v_BSKH, q_segments, window=window, interpret=interpret
+                )
+        if chosen == "cudnn" and _cudnn_fits(q_BTNH):
+            return _cudnn(q_BTNH, k_BSKH, v_BSKH, q_segments, window)
+    if bias is None and (chosen == "chunked" or (chosen != "plain" and length > LONGEST_PLAIN)):
+        return chunked_attention.chunked_attention(q_BTNH, k_BSKH, v_BSKH, places, visibility, aligned=aligned)
     mask = mask_BTS(visibility, places)
     return _attend(q_BTNH, k_BSKH, v_BSKH, mask, bias(q_positions, kv_positions) if bias else None)
+
+
+def _cudnn_fits(q_BTNH: Array) -> bool:
+    """What cuDNN takes on every GPU: half precision, heads of whole octets up to 128, even lengths."""
+    half, (_, length, _, width) = q_BTNH.dtype in (jnp.bfloat16, jnp.float16), q_BTNH.shape
+    return half and length % 2 == 0 and width % 8 == 0 and width <= 128
+
+
+def _cudnn(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array, window: int) -> Array:
+    """Causal attention within segments by cuDNN, in half precision; q comes scaled."""
+    same_BNTS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        mask=same_BNTS,
+        scale=1.0,
+        is_causal=True,
+        local_window_size=(window - 1, 0) if window else None,
+        implementation="cudnn",
+    )
+
+
+def _ring_block(q_BTNH: Array, window: int, platform: str) -> ring_attention.Block:
+    """Splash kernels for a ring whose pieces they take; they know no window between pieces."""
+    from research.models import splash_attention
+
+    pieces = 2 * sharding.ways("sequence")
+    if window or q_BTNH.shape[1] % (pieces * splash_attention.LANES):
+        return chunked_attention
+    return splash_attention.Block(interpret=platform != "tpu")
 
 
 def _attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Array, bias: Array | None) -> Array:

@@ -9,15 +9,14 @@ computed twice and the backward pass only multiplies by its cotangent.
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from research.core.sharding import constrain, ways
-from research.core.types import Array, Batch, Loss, Policy, Term, UserError, WeightedSum
-
-Head = Callable[[Array], Array]
+from research.core.sharding import mesh_axes, partition_spec, ways
+from research.core.types import Array, Batch, Head, Loss, Policy, Term, UserError, WeightedSum
 
 
 class TokenSums(NamedTuple):
@@ -74,24 +73,80 @@ def token_sums(
 ) -> TokenSums:
     """Sums over tokens of the loss and its companions, in float32.
 
-    head: a pytree that maps hidden [..., D] to logits [..., V]; hidden [B, T, D]; targets and weights [B, T].
+    head: maps hidden [..., D] to logits [..., V]; hidden [B, T, D]; targets and weights [B, T].
     The value and the gradients with respect to head and hidden equal those of the plain form.
+
+    On a mesh every device takes its share of the tokens, fetches the head once, and adds up its gradient over all of
+    its chunks before the devices add up theirs: left to the compiler, both would be done for every chunk.
     """
-    columns, padding = _chunking(hidden_BTD.shape[0], hidden_BTD.shape[1], chunk)
-    if padding:
-        hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0)))
-        targets_BT, weights_BT = (jnp.pad(x, ((0, 0), (0, padding))) for x in (targets_BT, weights_BT))
-    return _chunked(columns, z_loss, head, hidden_BTD, targets_BT, weights_BT)
+    return _sums(z_loss, chunk, head, hidden_BTD, targets_BT, weights_BT)
 
 
-def _chunking(batch: int, length: int, chunk: int) -> tuple[int, int]:
-    """How many of the T columns go into one chunk, so that B and T stay split over the mesh, and how many to add."""
-    spread = ways("sequence")
-    shards = ways("batch") * spread
-    wanted = min(length, max(1, chunk * shards // batch)) if chunk else length
-    chunks = -(-length // wanted)
-    columns = -(-length // (chunks * spread)) * spread
-    return columns, chunks * columns - length
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sums(z_loss: float, chunk: int, head: Head, hidden: Array, targets: Array, weights: Array) -> TokenSums:
+    return _over_mesh(functools.partial(_values, z_loss, chunk), head, hidden, targets, weights)
+
+
+def _forward(
+    z_loss: float, chunk: int, head: Head, hidden: Array, targets: Array, weights: Array
+) -> tuple[TokenSums, tuple]:
+    run = functools.partial(_values_and_gradients, z_loss, chunk)
+    sums, head_gradient, hidden_gradient = _over_mesh(run, head, hidden, targets, weights, gradient=True)
+    return sums, (head_gradient, hidden_gradient, jax.tree.map(lambda p: jnp.zeros((), p.dtype), head))
+
+
+def _backward(z_loss: float, chunk: int, saved: tuple, cotangent: TokenSums) -> tuple:
+    del z_loss, chunk
+    head_gradient, hidden_gradient, dtypes = saved
+    scale = cotangent.loss
+    head = jax.tree.map(lambda g, like: (g * scale).astype(like.dtype), head_gradient, dtypes)
+    return head, hidden_gradient * scale.astype(hidden_gradient.dtype), None, None
+
+
+_sums.defvjp(_forward, _backward)
+
+
+def _over_mesh(run: Callable[..., Any], head: Head, hidden: Array, *tokens: Array, gradient: bool = False) -> Any:
+    """``run`` on all tokens, or on each device's share of them: rows as the batch lies, columns over the other axes.
+
+    It gives sums, and with ``gradient`` the gradients of head and hidden too.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rows, columns = (mesh_axes(partition_spec((axis,))[0]) for axis in ("batch", "head_sequence"))
+    if mesh.empty or mesh.size == 1 or hidden.shape[0] % ways("batch"):
+        return run(head.cast(), hidden, *tokens)
+    length = hidden.shape[1]
+    padding = -length % ways("head_sequence")
+    specs, share = head.specs(), PartitionSpec(rows, columns)
+
+    def local(head: Head, *arrays: Array) -> Any:
+        found = run(jax.tree.map(_gathered, head.cast(), specs), *arrays)
+        if not gradient:
+            return jax.lax.psum(found, mesh.axis_names)
+        sums, d_head, d_hidden = found
+        d_head = jax.tree.map(scattered, d_head, specs)
+        # the barrier: else the whole head's gradient may wait in memory until the rest of the model is done
+        return jax.lax.psum(sums, mesh.axis_names), *jax.lax.optimization_barrier((d_head, d_hidden))
+
+    def scattered(d_w: Array, spec: PartitionSpec) -> Array:
+        """The sum over all devices, of which each keeps the part that it holds of the parameter."""
+        for dim, names in enumerate(spec):
+            if names is not None:
+                d_w = jax.lax.psum_scatter(d_w, names, scatter_dimension=dim, tiled=True)
+        named = {name for entry in spec for name in mesh_axes(entry)}
+        return jax.lax.psum(d_w, tuple(name for name in mesh.axis_names if name not in named))
+
+    padded = [jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden, *tokens)]
+    out = (PartitionSpec(), specs, share) if gradient else PartitionSpec()
+    found = jax.shard_map(local, in_specs=(specs, share, share, share), out_specs=out, check_vma=False)(head, *padded)
+    return (*found[:2], found[2][:, :length]) if gradient else found
+
+
+def _gathered(w: Array, spec: PartitionSpec) -> Array:
+    for dim, names in enumerate(spec):
+        if names is not None:
+            w = jax.lax.all_gather(w, names, axis=dim, tiled=True)
+    return w
 
 
 def _chunk_sums(
@@ -116,37 +171,36 @@ def _chunk_sums(
     return sums, jax.lax.optimization_barrier(d_logits)  # else each product that reads it would form it again
 
 
-def _split(x: Array, columns: int) -> Array:
-    """[B, T, ...] -> [chunks, B, columns, ...], each chunk spread over all shards of the sequence."""
-    spread = ways("sequence")
-    parts = x.reshape(x.shape[0], spread, -1, columns // spread, *x.shape[2:])
-    parts = jnp.moveaxis(parts, 2, 0).reshape(-1, x.shape[0], columns, *x.shape[2:])
-    return constrain(parts, None, "batch", "sequence", *[None] * (x.ndim - 2))
+def _split(chunk: int, *arrays: Array) -> tuple[Array, ...]:
+    """Each of the arrays [B, T, ...] as [chunks, about ``chunk`` tokens, ...], padded with zeros."""
+    batch, length = arrays[0].shape[:2]
+    wanted = min(length, max(1, chunk // batch)) if chunk else length
+    chunks = -(-length // wanted)
+    columns = -(-length // chunks)
+
+    def one(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, chunks * columns - length)) + ((0, 0),) * (x.ndim - 2))
+        parts = jnp.moveaxis(x.reshape(batch, chunks, columns, *x.shape[2:]), 1, 0)
+        return parts.reshape(chunks, batch * columns, *x.shape[2:])
+
+    return tuple(one(x) for x in arrays)
 
 
-def _join(parts: Array) -> Array:
-    """``_split``'s inverse: [chunks, B, columns, D] -> [B, T, D]."""
-    spread = ways("sequence")
-    chunks, batch, columns, width = parts.shape
-    x = jnp.moveaxis(parts.reshape(chunks, batch, spread, columns // spread, width), 0, 2)
-    return constrain(x.reshape(batch, -1, width), "batch", "sequence", "act_embed")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(columns: int, z_loss: float, head: Head, hidden: Array, targets: Array, weights: Array) -> TokenSums:
-    def body(total: TokenSums, part: tuple[Array, Array, Array]) -> tuple[TokenSums, None]:
-        part_hidden, part_targets, part_weights = part
-        sums, _ = _chunk_sums(z_loss, head(part_hidden), part_targets, part_weights, gradient=False)
+def _values(z_loss: float, chunk: int, head: Head, *arrays: Array) -> TokenSums:
+    def body(total: TokenSums, part: tuple[Array, ...]) -> tuple[TokenSums, None]:
+        hidden, targets, weights = part
+        sums, _ = _chunk_sums(z_loss, head(hidden), targets, weights, gradient=False)
         return jax.tree.map(jnp.add, total, sums), None
 
-    parts = tuple(_split(x, columns) for x in (hidden, targets, weights))
-    return jax.lax.scan(body, TokenSums(*[jnp.zeros(())] * 4), parts)[0]
+    return jax.lax.scan(body, TokenSums(*[jnp.zeros(())] * 4), _split(chunk, *arrays))[0]
 
 
-def _chunked_forward(
-    columns: int, z_loss: float, head: Head, hidden: Array, targets: Array, weights: Array
-) -> tuple[TokenSums, tuple]:
-    def body(carry: tuple, part: tuple[Array, Array, Array]) -> tuple[tuple, Array]:
+def _values_and_gradients(
+    z_loss: float, chunk: int, head: Head, hidden: Array, *tokens: Array
+) -> tuple[TokenSums, Any, Array]:
+    """The sums, and the loss's gradients with respect to the head's parameters (float32) and to hidden."""
+
+    def body(carry: tuple, part: tuple[Array, ...]) -> tuple[tuple, Array]:
         total, d_head = carry
         part_hidden, part_targets, part_weights = part
         logits, pull_back = jax.vjp(lambda head, x: head(x), head, part_hidden)
@@ -155,20 +209,9 @@ def _chunked_forward(
         d_head = jax.tree.map(lambda total, d: total + d.astype(total.dtype), d_head, d_part)
         return (jax.tree.map(jnp.add, total, sums), d_head), d_hidden
 
-    parts = tuple(_split(x, columns) for x in (hidden, targets, weights))
     start = TokenSums(*[jnp.zeros(())] * 4), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), head)
-    (sums, head_gradient), hidden_gradient = jax.lax.scan(body, start, parts)
-    hidden_gradient = _join(hidden_gradient)
-    dtypes = jax.tree.map(lambda p: jnp.zeros((), p.dtype), head)
-    return sums, (head_gradient, hidden_gradient, dtypes)
-
-
-def _chunked_backward(columns: int, z_loss: float, saved: tuple, cotangent: TokenSums) -> tuple:
-    del columns, z_loss
-    head_gradient, hidden_gradient, dtypes = saved
-    scale = cotangent.loss
-    head = jax.tree.map(lambda g, like: (g * scale).astype(like.dtype), head_gradient, dtypes)
-    return head, hidden_gradient * scale.astype(hidden_gradient.dtype), None, None
-
-
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+    parts = _split(chunk, hidden, *tokens)
+    (sums, d_head), d_parts = jax.lax.scan(body, start, parts)
+    batch, length, width = hidden.shape
+    by_row = jnp.moveaxis(d_parts.reshape(d_parts.shape[0], batch, -1, width), 0, 1)
+    return sums, d_head, by_row.reshape(batch, -1, width)[:, :length]

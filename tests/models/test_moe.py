@@ -108,6 +108,23 @@ def test_grouped_products_are_plain(implementation, sizes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, wanted)
 
 
+@pytest.mark.parametrize("sizes", [(200, 0, 91, 150), (0, 0, 7, 0)])
+def test_the_kernels_take_groups_of_any_size(sizes):
+    """megablox, interpreted: no alignment, a number of rows that no tile divides, rows that are nobody's."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x_MD, w_EDF, c_MF = (jax.random.normal(k, s) for k, s in zip(keys, ((500, 8), (4, 8, 6), (500, 6)), strict=True))
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def both(x_MD, w_EDF, implementation):
+        run = functools.partial(grouped_matmul, sizes_E=jnp.asarray(sizes), implementation=implementation)
+        y_MF, pull_back = jax.vjp(run, x_MD, w_EDF)
+        return y_MF, pull_back(c_MF)
+
+    found, wanted = both(x_MD, w_EDF, "megablox"), both(x_MD, w_EDF, "plain")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, wanted)
+    assert not np.asarray(found[1][1][1]).any()  # an expert without rows
+
+
 def test_an_expert_without_tokens_gets_a_zero_finite_gradient():
     module, variables, x_BTD = layer(MOE)
     params = dict(variables["params"])

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.models import chunked_attention, ops
+from research.core import sharding
+from research.core.sharding import MeshSpec
+from research.models import chunked_attention, ops, splash_attention
 
 
 @functools.cache
@@ -86,6 +88,98 @@ def test_every_implementation_is_plain(implementation, kv_heads, window, aligned
     np.testing.assert_allclose(out, plain, rtol=1e-5, atol=1e-6)
     for got, want in zip(grad, plain_grad, strict=True):
         assert jnp.linalg.norm(got - want) < 1e-5 * jnp.linalg.norm(want)
+
+
+@pytest.mark.parametrize("window", [0, 70])
+def test_splash_attention_is_plain(window):
+    """The TPU's kernels, interpreted, on a mesh that splits rows and heads; packed rows with padding."""
+    arrays, where = inputs(length=256)
+    real = (where["q_segments"] > 0)[:, :, None, None]
+
+    def run(implementation):
+        def loss(arrays):
+            out = ops.attention(
+                *arrays, **where, visibility=ops.Visibility("causal", window), aligned=True,
+                implementation=implementation,
+            )  # fmt: skip
+            out = jnp.where(real, out, 0.0)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.grad(loss, has_aux=True))(arrays)
+
+    plain_grad, plain = run("plain")
+    with jax.set_mesh(sharding.make_mesh(MeshSpec(data=2, tensor=2))):
+        grad, out = run("splash")
+    np.testing.assert_allclose(out, plain, rtol=1e-5, atol=1e-6)
+    for got, want in zip(grad, plain_grad, strict=True):
+        assert jnp.linalg.norm(got - want) < 1e-5 * jnp.linalg.norm(want)
+
+
+def test_splash_blocks_add_up_to_the_whole():
+    """Two blocks of keys, joined by their log normalisers, forward and backward: what a ring does."""
+    (q, k, v), where = inputs(length=256)
+    segments, half = where["q_segments"], 128
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    late, block = q[:, :, half:], functools.partial(splash_attention.forward, interpret=True)
+    seen = [
+        (k[:, :, :half], v[:, :, :half], segments[:, :half], False),
+        (k[:, :, half:], v[:, :, half:], segments[:, half:], True),
+    ]
+    parts = [block(late, k, v, segments[:, half:], ids, causal=causal) for k, v, ids, causal in seen]
+    log_z = jnp.logaddexp(parts[0][1], parts[1][1])
+    out = sum(part * jnp.exp(own - log_z)[..., None] for part, own in parts)
+
+    def whole(q, k, v):
+        back = [x.swapaxes(1, 2) for x in (q, k, v)]
+        return ops.attention(*back, **where, aligned=True, implementation="plain").swapaxes(1, 2)[:, :, half:]
+
+    want, pull_back = jax.vjp(whole, q, k, v)
+    real = (segments[:, half:] > 0)[:, None, :, None]
+    np.testing.assert_allclose(jnp.where(real, out, 0), jnp.where(real, want, 0), rtol=1e-4, atol=1e-5)
+    d_out = jnp.where(real, jnp.cos(want), 0.0)
+    found = [
+        splash_attention.backward(late, k, v, segments[:, half:], ids, out, log_z, d_out, causal=causal, interpret=True)
+        for k, v, ids, causal in seen
+    ]
+    d_q, d_k, d_v = pull_back(d_out)
+    for got, wanted in (
+        (found[0][0] + found[1][0], d_q[:, :, half:]),
+        (jnp.concatenate([found[0][1], found[1][1]], axis=2), d_k),
+        (jnp.concatenate([found[0][2], found[1][2]], axis=2), d_v),
+    ):
+        assert jnp.linalg.norm(got - wanted) < 1e-5 * jnp.linalg.norm(wanted)
+
+
+def test_kernels_are_left_where_they_do_not_fit():
+    """Lengths that are no multiple of 128, and rows or heads that the mesh does not divide."""
+    (q, k, v), _ = inputs(length=256)
+    assert splash_attention.fits(q, k)
+    assert not splash_attention.fits(q[:, :200], k[:, :200])
+    with jax.set_mesh(sharding.make_mesh(MeshSpec(data=1, tensor=4))):
+        assert not splash_attention.fits(q, k)  # 2 kv heads
+    with jax.set_mesh(sharding.make_mesh(MeshSpec(data=4))):
+        assert not splash_attention.fits(q, k)  # 2 rows
+
+
+@pytest.mark.parametrize("window", [0, 64])
+def test_attention_on_a_gpu_is_a_cudnn_call(window, monkeypatch):
+    """Lowered for CUDA without a GPU: JAX is told that there is cuDNN."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91300)
+    arrays, where = inputs(length=256)
+
+    def program(dtype):
+        def loss(arrays):
+            seen = ops.Visibility("causal", window)
+            out = ops.attention(*arrays, **where, visibility=seen, aligned=True, platform="gpu")
+            return jnp.sum(out.astype(jnp.float32))
+
+        halves = tuple(x.astype(dtype) for x in arrays)
+        return jax.jit(jax.grad(loss)).trace(halves).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in program(jnp.bfloat16)
+    assert "cudnn" not in program(jnp.float32)
 
 
 def test_blocked_attention_leaves_out_what_cannot_be_seen():

@@ -14,9 +14,12 @@ from tests.models.test_ops import inputs
 MESHES = {2: MeshSpec(data=2, context=2, tensor=2), 4: MeshSpec(data=1, context=4, tensor=2), 8: MeshSpec(context=8)}
 
 
-@pytest.mark.parametrize(("ring", "window"), [(2, 40), (4, 0), (8, 0)])
-def test_a_ring_is_one_device(ring, window):
-    arrays, where = inputs()
+@pytest.mark.parametrize(
+    ("ring", "window", "block"), [(2, 40, "chunked"), (4, 0, "chunked"), (8, 0, "chunked"), (2, 0, "splash")]
+)
+def test_a_ring_is_one_device(ring, window, block):
+    """The blocks of TPUs, splash kernels, are interpreted."""
+    arrays, where = inputs(length=512 if block == "splash" else 128)
     real = (where["q_segments"] > 0)[:, :, None, None]
 
     def run(arrays, where, real, order):
@@ -24,7 +27,7 @@ def test_a_ring_is_one_device(ring, window):
             q, k, v = (order(x) for x in arrays)
             out = ops.attention(
                 q, k, v, **{name: order(x) for name, x in where.items()},
-                visibility=ops.Visibility("causal", window), aligned=True,
+                visibility=ops.Visibility("causal", window), aligned=True, implementation=block,
             )  # fmt: skip
             out = jnp.where(real, order(out, inverse=True), 0.0)
             return jnp.sum(jnp.sin(out)), out

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from research.core.sharding import MeshSpec
 from research.models.mlp import Mlp
 from research.models.moe import Moe
 from research.models.routers import Sigmoid
@@ -25,7 +24,7 @@ def experiment(*, balance=0.01, **changes):
 
 @pytest.fixture(scope="module")
 def whole():
-    return {balance: gradients(experiment(balance=balance)) for balance in (0.0, 0.01)}
+    return gradients(experiment(balance=0.0))
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +33,10 @@ def after_one_step():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
-def test_every_mesh_is_one_device(whole, shape):
-    """The balance loss is of the whole batch, however it is spread."""
-    assert_same(gradients(experiment(), MeshSpec(*shape)), whole[0.01], loss=1e-6, gradient=2e-5)
-
-
-@pytest.mark.slow
 def test_microbatches_are_the_whole_batch_but_for_the_balance_loss(whole, after_one_step):
     """Loads are summed over the microbatches before the bias moves, once."""
     split = experiment(balance=0.0, accumulate=4)
-    assert_same(gradients(split), whole[0.0], loss=1e-6, gradient=2e-5)
+    assert_same(gradients(split), whole, loss=1e-6, gradient=2e-5)
     buffers = one_step(split)[2].buffers
     jax.tree.map(np.testing.assert_array_equal, buffers, after_one_step[2].buffers)
     assert np.abs(buffers["layers"]["block1"]["mlp"]["bias"]).max() > 0

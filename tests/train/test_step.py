@@ -69,47 +69,6 @@ def assert_same(found, wanted, *, loss, gradient):
 MODEL = replace(tiny.MODEL, attention=replace(tiny.MODEL.attention, num_kv_heads=4))
 
 
-@pytest.fixture(scope="module")
-def reference():
-    experiment = tiny.experiment(model=MODEL, objective=NextToken(z_loss=1e-3, chunk=64))
-    return experiment, direct_gradient(experiment, MeshSpec(data=1))
-
-
-def direct_gradient(experiment, mesh_spec, batch=None):
-    """Loss and gradient of the experiment's objective on a mesh, batch and parameters laid out as in training."""
-    mesh = sharding.make_mesh(mesh_spec)
-    with jax.set_mesh(mesh):
-        program = Program(experiment, mesh)
-        params = first_state(program).params
-        host = batch or tiny.batch()
-        placed = {k: jax.device_put(v, sharding.batch_sharding(mesh)) for k, v in host.items()}
-
-        def loss(params, batch):
-            policy = experiment.model.bind(params, {}, experiment.precision)
-            result = experiment.objective(policy, {}, batch, jax.random.key(0))
-            return sum(c * v.mean for c, v in result.terms.values())
-
-        value, gradient = jax.jit(jax.value_and_grad(loss), out_shardings=(None, program.layout.params))(params, placed)
-        return float(value), named_leaves(jax.device_get(gradient))
-
-
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
-def test_every_mesh_is_one_device(reference, shape):
-    experiment, wanted = reference
-    assert_same(direct_gradient(experiment, MeshSpec(*shape)), wanted, loss=1e-6, gradient=1e-5)
-
-
-@pytest.mark.slow
-def test_three_steps_on_a_mesh_are_three_steps_on_one_device():
-    experiment = tiny.experiment(model=MODEL, optimizer=Sgd(peak=1.0))
-    losses, _, state, _ = one_step(experiment, count=3)
-    mesh_losses, _, mesh_state, _ = one_step(experiment, MeshSpec(data=2, fsdp=2, tensor=2), count=3)
-    np.testing.assert_allclose(mesh_losses, losses, rtol=1e-6)
-    for name, leaf in named_leaves(state.params).items():
-        gap = np.linalg.norm(named_leaves(mesh_state.params)[name] - leaf) / np.linalg.norm(leaf)
-        assert gap < 1e-5, name
-
-
 def uneven():
     """Rows of very different weight: a mean of means would be far from the mean."""
     batch = tiny.batch()

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training steps of published models compiled ahead of time for TPUs: what each chip holds and sends.
+
+    python -m benchmarks.tpu_programs [NAME ...]
+
+Needs libtpu and no TPU. Each program is compiled in a process of its own (a minute or a few). Weights and Adam moments
+are float32, products bfloat16, layers scanned, attention by the splash kernels. Memory and traffic are those of one
+chip; FLOPs are the analytic ones of one step, per chip (``research.scaling.cost``: full squares of attention scores,
+no recomputation); bytes accessed are XLA's, which counts the body of a loop once.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from research.core.hlo import Program
+from research.core.sharding import MeshSpec
+from research.core.types import Precision
+from research.data.pipeline import TextSource
+from research.data.sources import Synthetic
+from research.data.tokenizers import Bytes
+from research.models.attention import Attention
+from research.models.decoder import Decoder
+from research.models.layers import Norm
+from research.models.mlp import Mlp
+from research.models.positions import Rotary
+from research.objectives.next_token import NextToken
+from research.train import ahead
+from research.train.experiment import AdamW, Experiment, Steps
+
+LLAMA_2_7B = Decoder(  # Touvron et al. 2023
+    vocab_size=32_000,
+    d_model=4096,
+    num_layers=32,
+    attention=Attention(num_heads=32),
+    mlp=Mlp(d_ff=11_008),
+    norm=Norm(eps=1e-5),
+    remat="full",
+)
+LLAMA_3_8B = Decoder(  # Grattafiori et al. 2024
+    vocab_size=128_256,
+    d_model=4096,
+    num_layers=32,
+    attention=Attention(num_heads=32, num_kv_heads=8),
+    mlp=Mlp(d_ff=14_336),
+    norm=Norm(eps=1e-5),
+    position=Rotary(theta=500_000.0),
+    remat="full",
+)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One program: a model on all chips of a topology. rows: sequences per chip."""
+
+    model: Decoder
+    topology: str
+    mesh: MeshSpec
+    chips: int
+    rows: int
+    length: int = 4096
+
+    def experiment(self, name: str) -> Experiment:
+        source = TextSource(
+            corpus=Synthetic(), tokenizer=Bytes(), batch_size=self.rows * self.chips, sequence_length=self.length
+        )  # of the source, shapes alone are used
+        return Experiment(
+            name=name,
+            model=self.model,
+            objective=NextToken(),
+            source=source,
+            optimizer=AdamW(),
+            length=Steps(1000),
+            mesh=self.mesh,
+            precision=Precision(compute="bfloat16", logits="bfloat16"),
+        )
+
+
+def fsdp(model: Decoder, topology: str, chips: int, rows: int, length: int = 4096) -> Planned:
+    return Planned(model, topology, MeshSpec(data=1, fsdp=chips), chips, rows, length)
+
+
+PROGRAMS = {
+    "llama2-7b-v5e-256": fsdp(LLAMA_2_7B, "v5e:16x16", 256, 1),
+    "llama2-7b-v5p-128": fsdp(replace(LLAMA_2_7B, remat="save_weight_matmuls"), "v5p:4x4x4", 64, 4),
+    "llama3-8b-v6e-256": fsdp(LLAMA_3_8B, "v6e:16x16", 256, 2, 8192),
+}
+SMALL = {  # for a test: two layers of the first on 16 chips
+    "llama2-7b-2-layers-v5e-16": fsdp(replace(LLAMA_2_7B, num_layers=2), "v5e:4x4", 16, 1),
+}
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Compiles one program in this process and says what it is."""
+    planned = (PROGRAMS | SMALL)[name]
+    experiment = planned.experiment(name)
+    begun = time.perf_counter()
+    compiled = ahead.compile_step(experiment, planned.topology)
+    seconds = time.perf_counter() - begun
+    memory, program, costs = compiled.memory_analysis(), Program(compiled.as_text()), compiled.cost_analysis()
+    assert memory is not None and costs is not None
+    return {
+        "name": name,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "state_bytes": memory.argument_size_in_bytes,
+        "aliased_bytes": memory.alias_size_in_bytes,
+        "flops": experiment.flops_per_token * planned.rows * planned.length,
+        "bytes_accessed": costs["bytes accessed"],
+        "traffic": program.traffic(),
+        "collectives": [(c.kind, c.bytes, c.runs) for c in program.collectives()],
+        "kernels": program.kernels(),
+        "seconds": seconds,
+        "libtpu": ahead.compiler_version(),
+    }
+
+
+def run(name: str) -> dict[str, Any]:
+    """``measure`` in a process of its own, which has no accelerator and says nothing else."""
+    command = [sys.executable, "-m", "benchmarks.tpu_programs", "--here", name]
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name} could not be compiled:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+COLUMNS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=list(PROGRAMS), help=f"among {', '.join(PROGRAMS | SMALL)}")
+    parser.add_argument("--here", action="store_true", help="compile in this process and print one line of JSON")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(PROGRAMS | SMALL):
+        parser.error(f"there is no program {', '.join(sorted(unknown))}")
+    if options.here:
+        for name in options.names:
+            print(json.dumps(measure(name)))
+        return
+    print(
+        "| program | peak GiB | state GiB | TFLOPs | GB accessed |", *(f"{kind} GB |" for kind in COLUMNS), "seconds |"
+    )
+    print("|---" * (6 + len(COLUMNS)) + "|")
+    for name in options.names:
+        found = run(name)
+        moved = [f"{found['traffic'].get(kind, 0) / 1e9:.2f} |" for kind in COLUMNS]
+        sizes = [f"{found[key] / 2**30:.2f}" for key in ("peak_bytes", "state_bytes")]
+        amounts = f"{found['flops'] / 1e12:.1f} | {found['bytes_accessed'] / 1e9:.1f} |"
+        print(f"| {name} |", " | ".join(sizes), "|", amounts, *moved, f"{found['seconds']:.0f} |", flush=True)
+        print(f"  kernels a step: {found['kernels']}; libtpu {found['libtpu']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compiled program does, read off its HLO text: collectives with the bytes they move, and Pallas kernels.
+
+Loops count as often as they run: ``cost_analysis`` counts their bodies once. Fusions and calls are followed: on TPUs
+a reduce-scatter is a fusion that calls ``%all-reduce-scatter...``, an all-gather may be spread over several fusions
+of one channel, and a product may fetch its matrix piece by piece, by collective-permutes in a loop of its own.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f8": 8, "c64": 64, "c128": 128}
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r"^((?:\((?:[^()]|\([^()]*\))*\)|\S)+) ([a-z][\w\-]*)\(")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """bytes: of one run on one device, at its larger end: what an all-gather gives, what a reduce-scatter takes, the
+    array of the others. runs: how often the program does it."""
+
+    kind: str
+    bytes: int
+    runs: int
+    name: str
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    name: str
+    type: str
+    opcode: str
+    rest: str  # operands and attributes
+    root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        depth = 1
+        for end, letter in enumerate(self.rest):
+            depth += (letter == "(") - (letter == ")")
+            if not depth:
+                return re.findall(r"%([\w.\-]+)", self.rest[:end]) or self.rest[:end].replace(" ", "").split(",")
+        return []
+
+    def attribute(self, name: str) -> str:
+        found = re.search(rf'\b{name}=[%"]?([\w.\-]+)', self.rest)
+        return found[1] if found else ""
+
+
+_Computation = dict[str, _Instruction]
+
+
+class Program:
+    """The text of a compiled program (``compiled.as_text()``)."""
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, _Computation] = {}
+        self.entry = ""
+        current: _Computation = {}
+        for line in text.splitlines():
+            if header := _HEADER.match(line):
+                current = self.computations.setdefault(header[2], {})
+                self.entry = header[2] if header[1] else self.entry
+            elif (found := _INSTRUCTION.match(line)) and (typed := _OPCODE.match(found[3])):
+                rest = found[3][typed.end() :]
+                current[found[2]] = _Instruction(found[2], typed[1], typed[2], rest, bool(found[1]))
+        self._busy: dict[str, bool] = {}
+
+    def collectives(self) -> list[Collective]:
+        """Every collective that is run. Raises ValueError for one in a loop whose trips are not in the text."""
+        found, seen = [], set()
+        for frame, place, instruction, runs in self._walk(self.entry, 1, self.entry):
+            kind = self._kind(instruction, place)
+            chain = instruction.attribute("chain_id") and instruction.attribute("channel_id")
+            if kind is None or (chain and (frame, chain) in seen):  # one collective, spread over fusions
+                continue
+            seen.add((frame, chain))
+            found.append(Collective(kind, self._bytes(kind, instruction, place), runs, instruction.name))
+        return found
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes per device of each kind of collective, loops multiplied in."""
+        total: Counter[str] = Counter()
+        for collective in self.collectives():
+            total[collective.kind] += collective.bytes * collective.runs
+        return dict(total)
+
+    def kernels(self) -> dict[str, int]:
+        """How often each Pallas kernel for TPUs is run, by its name."""
+        total: Counter[str] = Counter()
+        for _, _, instruction, runs in self._walk(self.entry, 1, self.entry):
+            if _is_kernel(instruction):
+                total[re.sub(r"(\.\d+|\.clone)+$", "", instruction.name)] += runs
+        return dict(total)
+
+    def _kind(self, instruction: _Instruction, place: str) -> str | None:
+        """The kind of a collective; of an asynchronous pair the end counts, whose type is that of the result."""
+        opcode = instruction.opcode.removesuffix("-done")
+        if opcode == "all-reduce" and place.startswith("all-reduce-scatter"):
+            return "reduce-scatter"
+        return opcode if opcode in KINDS else None
+
+    def _bytes(self, kind: str, instruction: _Instruction, place: str) -> int:
+        if kind != "reduce-scatter":
+            return size(instruction.type)
+        operands = (self.computations[place].get(name) for name in instruction.operands)
+        return sum(size(operand.type) for operand in operands if operand is not None)
+
+    def _walk(self, place: str, runs: int, frame: str) -> Iterator[tuple[str, str, _Instruction, int]]:
+        """(loop body, computation, instruction, how often it is run), through loops, fusions and calls."""
+        for instruction in self.computations.get(place, {}).values():
+            yield frame, place, instruction, runs
+            if instruction.opcode == "while":
+                body = instruction.attribute("body")
+                if self._is_busy(body):
+                    yield from self._walk(body, runs * self._trips(instruction, place), f"{frame}/{instruction.name}")
+            elif not instruction.opcode.endswith("-done"):  # its start has been followed
+                for called in _called(instruction):
+                    yield from self._walk(called, runs, frame)
+
+    def _is_busy(self, place: str) -> bool:
+        """Whether there is anything to count below: only then do a loop's trips matter."""
+        if place not in self._busy:
+            self._busy[place] = False
+            for instruction in self.computations.get(place, {}).values():
+                inner = [*_called(instruction), instruction.attribute("body")]
+                here = self._kind(instruction, place) is not None or _is_kernel(instruction)
+                if here or any(self._is_busy(name) for name in inner if name):
+                    self._busy[place] = True
+                    break
+        return self._busy[place]
+
+    def _trips(self, loop: _Instruction, place: str) -> int:
+        """What the compiler noted, or what the condition says: a counter below a constant."""
+        if noted := re.search(r'known_trip_count\D*"?n"?\D*(\d+)', loop.rest):
+            return int(noted[1])
+        condition, body = (self.computations[loop.attribute(name)] for name in ("condition", "body"))
+        test = _root(condition)
+        while test.opcode in ("fusion", "call") and (called := _called(test)):
+            test = _root(self.computations[called[0]])
+        limits = [i for i in condition.values() if i.opcode == "constant"]
+        counters = [i for i in condition.values() if i.opcode == "get-tuple-element"]
+        if test.opcode != "compare" or test.attribute("direction") != "LT" or len(limits) != 1 or len(counters) != 1:
+            raise ValueError(f"The program does not say how often {loop.name} runs.")
+        index, here = int(counters[0].attribute("index")), self.computations[place]
+        start = _constant(_element(here, loop.operands[0], index), here, 0)
+        step = _step(_element(body, _root(body).name, index), body)
+        return math.ceil((_literal(limits[0]) - start) / step)
+
+
+def size(type_text: str) -> int:
+    """Bytes of the arrays in an HLO type."""
+    total = 0
+    for dtype, dims in _ARRAY.findall(type_text):
+        bits = BITS.get(dtype) or BITS.get(dtype[:2]) or int(re.sub(r"\D", "", dtype) or 0)
+        total += math.prod(int(n) for n in dims.split(",") if n) * bits // 8
+    return total
+
+
+def _is_kernel(instruction: _Instruction) -> bool:
+    return instruction.opcode == "custom-call" and instruction.attribute("custom_call_target") == "tpu_custom_call"
+
+
+def _called(instruction: _Instruction) -> list[str]:
+    branches = _BRANCHES.findall(instruction.rest)
+    return _CALLED.findall(instruction.rest) + [name.strip(" %") for group in branches for name in group.split(",")]
+
+
+def _root(computation: _Computation) -> _Instruction:
+    return next(i for i in computation.values() if i.root)
+
+
+def _element(computation: _Computation, name: str, index: int) -> _Instruction | None:
+    """Element ``index`` of a tuple that is put together in the computation."""
+    whole = computation.get(name)
+    if whole is None or whole.opcode != "tuple" or index >= len(whole.operands):
+        return None
+    return computation.get(whole.operands[index])
+
+
+def _literal(constant: _Instruction) -> int:
+    return int(constant.rest.split(")")[0])
+
+
+def _constant(instruction: _Instruction | None, computation: _Computation, default: int) -> int:
+    while instruction is not None and instruction.opcode in ("copy", "convert", "bitcast"):
+        instruction = computation.get(instruction.operands[0])
+    return _literal(instruction) if instruction is not None and instruction.opcode == "constant" else default
+
+
+def _step(instruction: _Instruction | None, body: _Computation) -> int:
+    """What a loop's counter grows by: 1 unless the body adds another constant."""
+    if instruction is None or instruction.opcode != "add":
+        return 1
+    parts = (_constant(body.get(name), body, 0) for name in instruction.operands)
+    return next((part for part in parts if part), 1)
