@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from research.core.sharding import Axes, constrain
+from research.core.sharding import Axes, fetched
 from research.core.types import Array, Precision
 from research.models import ops
 
@@ -66,6 +66,7 @@ class Linear(nn.Module):
     initializer: Initializer
     precision: Precision
     platform: str = "cpu"
+    taken: tuple[str, ...] = ()
 
     def setup(self) -> None:
         self.w = param(self, "w", self.initializer, self.in_shape + self.out_shape, self.axes, self.precision.params)
@@ -78,7 +79,7 @@ def project(x: Array, *layers: Linear) -> list[Array]:
     """What each of several layers of one kind makes of one input, together (``ops.linear``)."""
     first = layers[0]
     dtype = jnp.dtype(first.precision.compute)
-    weights = [layer.w.astype(dtype) for layer in layers]
+    weights = [fetched(layer.w.astype(dtype), *layer.axes, without=layer.taken) for layer in layers]
     return list(ops.linear(x.astype(dtype), *weights, contract=len(first.in_shape), platform=first.platform))
 
 
@@ -98,7 +99,7 @@ class Build:
     ) -> Linear:
         """residual: it writes into the residual stream, and is drawn smaller for it."""
         init = self.weight_init.matrix(math.prod(in_shape), residual_layers=self.num_layers if residual else 0)
-        return Linear(in_shape, out_shape, axes, init, self.precision, self.platform, name=name)
+        return Linear(in_shape, out_shape, axes, init, self.precision, self.platform, self.taken, name=name)
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,5 @@ class Embedding(nn.Module):
         )
 
     def __call__(self, ids_BT: Array) -> Array:
-        # whole rows of the table where it is read: else the compiler would spread the batch anew
-        table_VD = constrain(self.table_VD, self.axes[0], None)
-        return jnp.take(table_VD, ids_BT, axis=0).astype(self.precision.compute)
+        table_VD = fetched(self.table_VD.astype(self.precision.compute), *self.axes)
+        return jnp.take(table_VD, ids_BT, axis=0)
