@@ -8,7 +8,6 @@ of ``shard_map`` where the models room says itself what moves (rings of keys, ex
 
 import dataclasses
 import difflib
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -167,7 +166,7 @@ def current_shape() -> Mapping[str, int]:
     return {} if mesh.empty else dict(mesh.shape)
 
 
-def _partitioned() -> bool:
+def partitioned() -> bool:
     """Whether the compiler lays out arrays over several devices here: not in a ``shard_map``."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1 and AxisType.Manual not in mesh.axis_types
@@ -179,38 +178,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     Mesh axes that do not divide a dimension (one token of a generation) are left out.
     """
     sizes = current_shape()
-    if not _partitioned():
+    if not partitioned():
         return x
     return jax.lax.with_sharding_constraint(x, fitting_spec(x.shape, partition_spec(axes), sizes))
-
-
-def fetched(w: jax.Array, *axes: str | None, without: tuple[str, ...] = ()) -> jax.Array:
-    """A parameter laid out for its use: what "embed" spreads over devices is gathered, what "tensor" splits stays so.
-
-    Its gradient is laid out as the parameter is stored, so that devices add up their shares and keep their own
-    (a reduce-scatter). Left to the compiler, a product may move activations instead.
-    """
-    sizes = current_shape()
-    if not _partitioned():
-        return w
-    stored, used = (
-        fitting_spec(w.shape, partition_spec(names, without=without), sizes)
-        for names in (axes, tuple(None if name == "embed" else name for name in axes))
-    )
-    return _fetched(stored, used, w)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fetched(stored: PartitionSpec, used: PartitionSpec, w: jax.Array) -> jax.Array:
-    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(w, stored), used)
-
-
-def _fetched_backward(stored: PartitionSpec, used: PartitionSpec, _: None, d_w: jax.Array) -> tuple[jax.Array]:
-    # first as it is used: asked for the stored layout at once, the compiler may gather activations to get there
-    return (jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(d_w, used), stored),)
-
-
-_fetched.defvjp(lambda stored, used, w: (_fetched(stored, used, w), None), _fetched_backward)
 
 
 def fitting_spec(shape: Sequence[int], spec: PartitionSpec, sizes: Mapping[str, int]) -> PartitionSpec:

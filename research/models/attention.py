@@ -71,7 +71,6 @@ class _Attention(nn.Module):
 
         q = head("q", config.num_heads, "heads")
         k, v = (head(name, config.kv_heads, "kv_heads") for name in "kv")
-        x_BTD = constrain(x_BTD, "batch", "sequence", "act_embed")  # whole over "tensor"
         heads = [constrain(y, "batch", "sequence", "act_heads", None) for y in project(x_BTD, q, k, v)]
         q_BTNH, k_BTKH, v_BTKH = heads[0] * head_dim**-0.5, *heads[1:]  # eq. 1's scale, fused with the rotation
         if tokens.rotary is not None:

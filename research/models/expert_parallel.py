@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from research.core import sharding
 from research.core.types import Array
-from research.models import dispatch
+from research.models import dispatch, sharded
 from research.models.routers import Routing
 
 AXIS = "expert"
@@ -62,7 +62,7 @@ def run(layer: Layer, x_BTD: Array, routing: Routing, weights: Weights, *, taken
     specs.append(sharding.partition_spec(Out, without=taken))
 
     def local(x_BTD: Array, gate: Array, where: tuple[Array, ...], *weights: Array) -> Array:
-        weights = tuple(_gathered(w, spec) for w, spec in zip(weights, specs, strict=True))
+        weights = tuple(sharded.whole(w, spec, keep=(AXIS, "tensor")) for w, spec in zip(weights, specs, strict=True))
         if "tensor" in sharding.mesh_axes(row[1]):
             x_BTD = lax.all_gather(x_BTD, "tensor", axis=1, tiled=True)
         if layer.by_token:
@@ -82,15 +82,6 @@ def run(layer: Layer, x_BTD: Array, routing: Routing, weights: Weights, *, taken
 
     in_specs = (row, each, (each,) * 3, *specs)
     return jax.shard_map(local, in_specs=in_specs, out_specs=row, check_vma=False)(x_BTD, gate, where, *weights)
-
-
-def _gathered(w: Array, spec: PartitionSpec) -> Array:
-    """A device's experts' matrix whole in d_model; split stays what "expert" and "tensor" split."""
-    for dim, entry in enumerate(spec):
-        axes = tuple(axis for axis in sharding.mesh_axes(entry) if axis not in (AXIS, "tensor"))
-        if axes and lax.axis_size(axes) > 1:
-            w = lax.all_gather(w, axes, axis=dim, tiled=True)
-    return w
 
 
 def _compute(

@@ -13,9 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from research.core.sharding import Axes, fetched
+from research.core.sharding import Axes
 from research.core.types import Array, Precision
-from research.models import ops
+from research.models import sharded
 
 Initializer = Callable[..., Array]
 
@@ -76,11 +76,13 @@ class Linear(nn.Module):
 
 
 def project(x: Array, *layers: Linear) -> list[Array]:
-    """What each of several layers of one kind makes of one input, together (``ops.linear``)."""
+    """What each of several layers of one kind makes of one input, together."""
     first = layers[0]
     dtype = jnp.dtype(first.precision.compute)
-    weights = [fetched(layer.w.astype(dtype), *layer.axes, without=layer.taken) for layer in layers]
-    return list(ops.linear(x.astype(dtype), *weights, contract=len(first.in_shape), platform=first.platform))
+    weights = [layer.w.astype(dtype) for layer in layers]
+    axes = [layer.axes for layer in layers]
+    contract = len(first.in_shape)
+    return sharded.linear(x.astype(dtype), weights, axes, contract=contract, platform=first.platform, taken=first.taken)
 
 
 @dataclass(frozen=True)
@@ -152,5 +154,4 @@ class Embedding(nn.Module):
         )
 
     def __call__(self, ids_BT: Array) -> Array:
-        table_VD = fetched(self.table_VD.astype(self.precision.compute), *self.axes)
-        return jnp.take(table_VD, ids_BT, axis=0)
+        return sharded.lookup(self.table_VD, self.axes, ids_BT, self.precision.compute)

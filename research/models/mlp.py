@@ -53,7 +53,6 @@ class _Mlp(nn.Module):
         sizes, axes = ((self.build.d_model,), (self.config.d_ff,)), ("embed", "mlp")
         names = ("gate", "up") if self.config.gated else ("up",)
         layers = [self.build.linear(name, *sizes, axes) for name in names]
-        x_BTD = constrain(x_BTD, "batch", "sequence", "act_embed")  # whole over "tensor"
         inner = [constrain(y, "batch", "sequence", "act_mlp") for y in project(x_BTD, *layers)]
         hidden_BTF = activated(self.config.activation, inner)
         return self.build.linear("down", *sizes[::-1], axes[::-1], residual=True)(hidden_BTF), {}

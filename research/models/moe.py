@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.core.sharding import constrain, fetched
+from research.core.sharding import constrain
 from research.core.types import Array, Metrics, Params, Term, UserError, WeightedSum
-from research.models import expert_parallel, ring_attention
+from research.models import expert_parallel, ring_attention, sharded
 from research.models.grouped_matmul import GroupedMatmul, alignment, grouped_matmul
 from research.models.layers import Build, param
 from research.models.mlp import Activation, Mlp, activated, is_gated
@@ -95,8 +95,8 @@ class _Moe(nn.Module):
         config, experts = self.config, self.config.num_experts
         axes, init = ("embed", "router"), self.build.weight_init.matrix(self.build.d_model)
         w_DE = param(self, "router", init, (self.build.d_model, experts), axes, self.build.precision.params)
-        w_DE = fetched(w_DE.astype(jnp.float32), *axes, without=self.build.taken)
-        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), w_DE)
+        given = x_BTD.astype(jnp.float32), [w_DE.astype(jnp.float32)], [axes]
+        (logits_BTE,) = sharded.linear(*given, platform=self.build.platform, taken=self.build.taken)
         bias_E = None
         if config.router.bias_rate:
             bias_E = self.variable("buffers", "bias", jnp.zeros, (experts,), jnp.float32).value

@@ -33,7 +33,7 @@ def linear(x: Array, *weights: Array, contract: int = 1, platform: str = "cpu") 
     On a CPU as one product of two matrices, the weights side by side: contracting the leading dimensions of x
     apart, as the gradient of a weight does, is a third slower there, and every product more reads x once more.
     """
-    if platform != "cpu" or sharding.ways("sequence") > 1:  # a split sequence cannot be merged with the rows
+    if platform != "cpu":
         dims = tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))
         return tuple(jax.lax.dot_general(x, w, (dims, ((), ()))) for w in weights)
     leading, width = x.shape[: x.ndim - contract], math.prod(x.shape[x.ndim - contract :])
