@@ -48,7 +48,8 @@ def check(name):
     one_layer = sum(n for name, n in weights.items() if name.startswith("layers")) // model.num_layers
     in_loops = [(size, runs) for _, size, runs in found["collectives"] if runs >= model.num_layers]
     outside = [size * runs for _, size, runs in found["collectives"] if runs < model.num_layers]
-    assert sum(size * runs for size, runs in in_loops) < 1.02 * 3 * 2 * one_layer * model.num_layers
+    # a tenth more: a product that fetches its matrix piece by piece takes one turn more than there are pieces
+    assert sum(size * runs for size, runs in in_loops) < 1.1 * 3 * 2 * one_layer * model.num_layers
     assert max(size for size, _ in in_loops) <= 2 * one_layer  # a layer's own weights at most, never the stack's
     head = weights["unembedding/w"]
     assert sum(outside) < 1.02 * ((2 + 4) * head + (2 + 4) * tokens * model.d_model + 4 * tokens * planned.chips)
