@@ -43,9 +43,9 @@ def grouped_matmul(
     return jnp.einsum("MD,EDF,ME->MF", x_MD, w_EDF, mine)
 
 
-def _blocks(start: Array, rows: Array, carry: Any, body: Callable[[int, Array, Any], Any]) -> Any:
-    """``body(size, first row, carry)`` for each block of one expert, the largest first."""
-    for size in BLOCKS:
+def _blocks(start: Array, rows: Array, carry: Any, body: Callable[[int, Array, Any], Any], *, most: int) -> Any:
+    """``body(size, first row, carry)`` for each block of one expert, the largest first, none of over ``most`` rows."""
+    for size in (size for size in BLOCKS if size <= most):
         count = rows // size
 
         def one(index: Array, carry: Any, size: int = size, start: Array = start) -> Any:
@@ -66,7 +66,7 @@ def _blocked(x_MD: Array, w_EDF: Array, sizes_E: Array) -> Array:
         def block(size: int, row: Array, y_MF: Array) -> Array:
             return _put(y_MF, _cut(x_MD, row, size) @ w_DF, row)
 
-        return _blocks(start, rows, y_MF, block), None
+        return _blocks(start, rows, y_MF, block, most=x_MD.shape[0]), None
 
     y_MF = jnp.zeros((x_MD.shape[0], w_EDF.shape[2]), x_MD.dtype)
     return jax.lax.scan(expert, y_MF, (w_EDF, jnp.cumsum(sizes_E) - sizes_E, sizes_E))[0]
@@ -84,7 +84,7 @@ def _blocked_backward(saved: tuple[Array, Array, Array], d_y: Array) -> tuple[Ar
             d_w = d_w + _cut(x_MD, row, size).T @ d_MF
             return _put(d_x, jax.lax.dot_general(d_MF, w_DF, (((1,), (1,)), ((), ()))), row), d_w
 
-        d_x, d_w = _blocks(start, rows, (d_x, jnp.zeros(w_DF.shape, jnp.float32)), block)
+        d_x, d_w = _blocks(start, rows, (d_x, jnp.zeros(w_DF.shape, jnp.float32)), block, most=x_MD.shape[0])
         return d_x, d_w.astype(w_DF.dtype)
 
     parts = (w_EDF, jnp.cumsum(sizes_E) - sizes_E, sizes_E)
