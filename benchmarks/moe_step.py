@@ -11,11 +11,10 @@ import argparse
 import dataclasses
 import statistics
 
-from benchmarks.train_step import SIZES, Racer, experiment, packed_batch  # first: it settles how memory is kept
-
 import jax  # noqa: I001
 import numpy as np
 
+from benchmarks.train_step import SIZES, Racer, experiment, packed_batch  # first: it settles how memory is kept
 from research.core import sharding
 from research.models.moe import Moe
 from research.models.routers import TopK
