@@ -48,6 +48,8 @@ def table(study: Study, directory: Path) -> Table:
                 seconds=result.get("seconds"),
                 corpus_bytes=data.get("corpus_bytes"),
                 corpus_hash=data.get("corpus_hash"),
+                experts=cost.experts(experiment.model),
+                active_params=params.active,
             )
         )
     return Table(tuple(rows))

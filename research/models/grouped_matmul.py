@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of rows sorted by expert with each expert's own matrix: one signature, several implementations.
 
-"plain" is the oracle: every row with every matrix, E times the work. "blocked", for CPUs, multiplies blocks of
-``BLOCK`` rows, each with the one matrix that all of its rows belong to. "ragged" is ``jax.lax.ragged_dot``: on a TPU
+"plain" is the oracle: every row with every matrix, E times the work. "blocked", for CPUs, goes from expert to expert
+and cuts its rows into as few blocks of the sizes ``BLOCKS`` as it can. "ragged" is ``jax.lax.ragged_dot``: on a TPU
 just the needed products forward, and E times the work for the gradient of the matrices (on a CPU always). "megablox"
 are JAX's kernels for TPUs (Gale et al. 2022): just the needed products in all three, on the arrays of one device.
 """
 
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from research.core.types import Array, UserError
 
 GroupedMatmul = Literal["auto", "plain", "blocked", "ragged", "megablox"]
-BLOCK = 128
+BLOCKS = (512, 256, 128, 64)  # rows of one product: large ones are fast, small ones leave little padding
+BLOCK = BLOCKS[-1]
 TILES = (512, 256, 128)  # rows of a kernel's tile: the largest that divides the rows
 WIDEST_TILE = 1024  # its other two sides at most
 
@@ -33,57 +34,80 @@ def grouped_matmul(
     """x [M, D] times w [E, D, F] -> [M, F]: the first sizes[0] rows with w[0], the next sizes[1] with w[1], ...
 
     Rows beyond the sum of sizes give zeros. "blocked" needs sizes and M in multiples of ``BLOCK`` (``alignment``).
-    "megablox" is for arrays of one device: on a mesh, inside a fully manual ``jax.shard_map`` ("auto" is "ragged"
-    elsewhere).
+    "megablox" is for arrays of one device: on a mesh, inside a fully manual ``jax.shard_map``.
     """
     chosen = _chosen(implementation, platform)
-    if chosen == "megablox" and (implementation != "auto" or _on_one_device()):
+    if chosen == "megablox":
         return _megablox(platform != "tpu", x_MD, w_EDF, sizes_E.astype(jnp.int32))
-    chosen = "ragged" if chosen == "megablox" else chosen
     if chosen == "ragged":
         return jax.lax.ragged_dot(x_MD, w_EDF, sizes_E.astype(jnp.int32))
-    size = BLOCK if chosen == "blocked" else 1
-    if x_MD.shape[0] % size:
-        raise UserError(f"Blocked products need a multiple of {size} rows; given {x_MD.shape[0]}.")
-    ends = jnp.cumsum(sizes_E) // size
-    expert_of = jnp.searchsorted(ends, jnp.arange(x_MD.shape[0] // size), side="right")
-    inside = expert_of < w_EDF.shape[0]
-    if chosen == "plain":
-        mine = (expert_of[:, None] == jnp.arange(w_EDF.shape[0])[None, :]).astype(x_MD.dtype)
-        return jnp.einsum("MD,EDF,ME->MF", x_MD, w_EDF, mine)
-    blocks = x_MD.reshape(-1, size, x_MD.shape[1])
-    return _blocked(jnp.where(inside, expert_of, -1), blocks, w_EDF).reshape(x_MD.shape[0], -1)
+    if chosen == "blocked":
+        if x_MD.shape[0] % BLOCK:
+            raise UserError(f"Blocked products need a multiple of {BLOCK} rows; given {x_MD.shape[0]}.")
+        return _blocked(x_MD, w_EDF, sizes_E)
+    expert_M = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(x_MD.shape[0]), side="right")
+    mine = (expert_M[:, None] == jnp.arange(w_EDF.shape[0])[None, :]).astype(x_MD.dtype)
+    return jnp.einsum("MD,EDF,ME->MF", x_MD, w_EDF, mine)
+
+
+def _blocks(start: Array, rows: Array, carry: Any, body: Callable[[int, Array, Any], Any], *, most: int) -> Any:
+    """``body(size, first row, carry)`` for each block of one expert, the largest first, none of over ``most`` rows."""
+    for size in (size for size in BLOCKS if size <= most):
+        count = rows // size
+
+        def one(index: Array, carry: Any, size: int = size, start: Array = start) -> Any:
+            return body(size, start + index * size, carry)
+
+        carry = jax.lax.fori_loop(0, count, one, carry)
+        start, rows = start + count * size, rows - count * size
+    return carry
 
 
 @jax.custom_vjp
-def _blocked(expert_b: Array, x_bMD: Array, w_EDF: Array) -> Array:
-    """Block by block, each product on all cores: x [b, M, D], the expert of each block (-1: nobody's) -> [b, M, F]."""
+def _blocked(x_MD: Array, w_EDF: Array, sizes_E: Array) -> Array:
+    """Expert by expert, block by block, each product on all cores."""
 
-    def one(_: None, part: tuple[Array, Array]) -> tuple[None, Array]:
-        expert, x_MD = part
-        return None, _own(expert, x_MD @ w_EDF[jnp.maximum(expert, 0)])
+    def expert(y_MF: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        w_DF, start, rows = part
 
-    return jax.lax.scan(one, None, (expert_b, x_bMD))[1]
+        def block(size: int, row: Array, y_MF: Array) -> Array:
+            return _put(y_MF, _cut(x_MD, row, size) @ w_DF, row)
+
+        return _blocks(start, rows, y_MF, block, most=x_MD.shape[0]), None
+
+    y_MF = jnp.zeros((x_MD.shape[0], w_EDF.shape[2]), x_MD.dtype)
+    return jax.lax.scan(expert, y_MF, (w_EDF, jnp.cumsum(sizes_E) - sizes_E, sizes_E))[0]
 
 
-def _own(expert: Array, x: Array) -> Array:
-    return jnp.where(expert >= 0, x, jnp.zeros((), x.dtype))
+def _blocked_backward(saved: tuple[Array, Array, Array], d_y: Array) -> tuple[Array, Array, None]:
+    x_MD, w_EDF, sizes_E = saved
 
+    def expert(d_x: Array, part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        w_DF, start, rows = part
 
-def _blocked_backward(saved: tuple[Array, Array, Array], d_y: Array) -> tuple[None, Array, Array]:
-    expert_b, x_bMD, w_EDF = saved
+        def block(size: int, row: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            d_x, d_w = carry
+            d_MF = _cut(d_y, row, size)
+            d_w = d_w + _cut(x_MD, row, size).T @ d_MF
+            return _put(d_x, jax.lax.dot_general(d_MF, w_DF, (((1,), (1,)), ((), ()))), row), d_w
 
-    def one(d_w: Array, part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        expert, x_MD, d_MF = part
-        d_MF, at = _own(expert, d_MF), jnp.maximum(expert, 0)
-        d_w = d_w.at[at].add((x_MD.T @ d_MF).astype(d_w.dtype))
-        return d_w, jax.lax.dot_general(d_MF, w_EDF[at], (((1,), (1,)), ((), ())))
+        d_x, d_w = _blocks(start, rows, (d_x, jnp.zeros(w_DF.shape, jnp.float32)), block, most=x_MD.shape[0])
+        return d_x, d_w.astype(w_DF.dtype)
 
-    d_w, d_x = jax.lax.scan(one, jnp.zeros(w_EDF.shape, jnp.float32), (expert_b, x_bMD, d_y))
-    return None, d_x, d_w.astype(w_EDF.dtype)
+    parts = (w_EDF, jnp.cumsum(sizes_E) - sizes_E, sizes_E)
+    d_x, d_w = jax.lax.scan(expert, jnp.zeros_like(x_MD), parts)
+    return d_x, d_w, None
 
 
 _blocked.defvjp(lambda *saved: (_blocked(*saved), saved), _blocked_backward)
+
+
+def _cut(x: Array, row: Array, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, row, size)
+
+
+def _put(x: Array, rows: Array, row: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, rows, row, axis=0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -116,11 +140,6 @@ def _kernel(
     out = gmm(x, y, sizes_E, x.dtype, tiling, transpose_rhs=transposed, interpret=interpret)[:rows]
     inside = jnp.arange(rows) < jnp.sum(sizes_E)  # the kernel leaves the other rows as it found them
     return jnp.where(inside[:, None], out, jnp.zeros((), out.dtype))
-
-
-def _on_one_device() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or mesh.size == 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)
 
 
 def _chosen(implementation: GroupedMatmul, platform: str) -> str:

@@ -69,6 +69,11 @@ def _feed_forward(d_model: int, mlp: Mlp | Moe) -> tuple[int, float]:
     return common + mlp.num_experts * one, common + mlp.router.per_token * one
 
 
+def experts(model: Decoder) -> int:
+    """The most experts that a layer has; 0 for a dense model."""
+    return max(mlp.num_experts if isinstance(mlp, Moe) else 0 for mlp in model.feed_forwards)
+
+
 @dataclass(frozen=True)
 class ForwardFlops:
     """Forward matrix-product FLOPs per token, by part."""

@@ -33,7 +33,6 @@ def finite(value: Any) -> Any:
 def html(record: Mapping[str, Any], table: Table, pictures: Mapping[str, bytes]) -> str:
     """The whole page; ``pictures`` are PNGs by file name, put inside."""
     sections = [
-        f"<h1>{_text(record['title'])}</h1>",
         *(f"<p>{_text(note)}</p>" for note in record["notes"]),
         _law(record),
         _findings(record),
@@ -50,8 +49,45 @@ def html(record: Mapping[str, Any], table: Table, pictures: Mapping[str, bytes])
             if name != "overview.png"
         ),
     ]
-    head = f'<meta charset="utf-8"><title>{_text(record["title"])}</title><style>{STYLE}</style>'
-    body = "\n".join(part for part in sections if part)
+    return _document(record["title"], sections)
+
+
+def effective_html(record: Mapping[str, Any], picture: bytes) -> str:
+    """The page of a study of experts, from what effective.json holds."""
+    rows = [
+        (
+            run["name"],
+            *(_number(run[name]) for name in ("flops", "params", "active_params", "tokens", "loss", "dense_loss")),
+            _number(run["dense_params"] and round(run["dense_params"])) or "none",
+            _number(run["times"]),
+            _number(run["dense_flops"]) or "none",
+            _number(run["times_flops"]),
+        )
+        for run in record["worth"]
+    ]
+    names = ("run", "FLOPs", "params", "active params", "tokens", "loss", "dense loss", "effective dense size", "times")
+    words = "".join(f"<p>{_text(sentence)}</p>" for sentence in record["sentences"])
+    meaning = "".join(f"<p>{_text(sentence)}</p>" for sentence in record["meaning"].values())
+    left_out = [f"{name}: {reason}" for name, reason in record["excluded"].items()]
+    sections = [
+        *(f"<p>{_text(note)}</p>" for note in record["notes"]),
+        f"<h2>What it says</h2>{words}",
+        f'<p><img alt="experts against dense" src="{_inline(picture)}"></p>',
+        "<h2>Effective dense size</h2>" + meaning,
+        f'<div class="scroll">{_table((*names, "dense FLOPs", "times"), rows)}</div>',
+        "<h2>Dense runs</h2>",
+        _table(
+            ("run", "FLOPs", "params", "tokens", "loss"),
+            [[_number(run[name]) for name in ("name", "flops", "params", "tokens", "loss")] for run in record["dense"]],
+        ),
+        f"<p>Left out: {_text('; '.join(left_out))}.</p>" if left_out else "",
+    ]
+    return _document(record["title"], sections)
+
+
+def _document(title: str, sections: Iterable[str]) -> str:
+    head = f'<meta charset="utf-8"><title>{_text(title)}</title><style>{STYLE}</style>'
+    body = "\n".join(part for part in (f"<h1>{_text(title)}</h1>", *sections) if part)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
 
 

@@ -29,7 +29,8 @@ class Run:
     params: all parameters, embedding tables and head included. non_embedding_params: without both.
     tokens: training tokens. flops: training FLOPs (``research.scaling.cost``). loss: validation loss at the
     end of the run, nats per token. bits_per_byte: the same in bits per byte of text. seconds: wall-clock
-    time. corpus_bytes, corpus_hash: size and content hash of the training text.
+    time. corpus_bytes, corpus_hash: size and content hash of the training text. experts: the most that a layer
+    has, 0 for a dense model. active_params: the parameters that one token goes through, None for all of them.
     """
 
     name: str
@@ -43,6 +44,13 @@ class Run:
     seconds: float | None = None
     corpus_bytes: int | None = None
     corpus_hash: str | None = None
+    experts: int | None = None
+    active_params: int | None = None
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token goes through."""
+        return self.params if self.active_params is None else self.active_params
 
     def count(self, parameters: ParameterCount) -> int:
         """The parameter count of a convention. Raises UserError for a convention that does not exist."""
@@ -129,7 +137,7 @@ def _values(run: Run) -> list[Any]:
 
 
 def read_csv(path: Path | str) -> Table:
-    """Reads a table. The corpus columns may be left out, and columns of other names are passed over.
+    """Reads a table. The columns from corpus_bytes on may be left out, and those of other names are passed over.
 
     Raises UserError for a file that is absent or empty, a missing column, a cell that is not a number, an
     unknown status or a name that comes twice.

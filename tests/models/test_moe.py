@@ -92,16 +92,16 @@ def test_a_layer_is_the_loop_over_its_experts(name):
 
 
 @pytest.mark.parametrize("implementation", ["blocked", "ragged"])
-@pytest.mark.parametrize("sizes", [(2, 0, 1, 1), (0, 0, 0, 0), (0, 5, 0, 0), (1, 1, 1, 1)])
+@pytest.mark.parametrize("sizes", [(2, 0, 1, 1), (0, 0, 0, 0), (0, 5, 0, 0), (1, 1, 1, 1), (13, 0, 7, 1)])
 def test_grouped_products_are_plain(implementation, sizes):
-    """With empty experts and rows that are nobody's; gradients too."""
-    sizes_E = BLOCK * jnp.asarray(sizes)
-    x_MD = jax.random.normal(jax.random.key(0), (5 * BLOCK, 8))
+    """With empty experts, rows that are nobody's, and blocks of every size; gradients too."""
+    rows = max(5, sum(sizes) + 1) * BLOCK
+    x_MD = jax.random.normal(jax.random.key(0), (rows, 8))
     w_EDF = jax.random.normal(jax.random.key(1), (4, 8, 6))
-    c_MF = jax.random.normal(jax.random.key(2), (5 * BLOCK, 6))
+    c_MF = jax.random.normal(jax.random.key(2), (rows, 6))
 
     def both(implementation):
-        run = functools.partial(grouped_matmul, sizes_E=sizes_E, implementation=implementation)
+        run = functools.partial(grouped_matmul, sizes_E=BLOCK * jnp.asarray(sizes), implementation=implementation)
         return run(x_MD, w_EDF), jax.grad(lambda x, w: jnp.sum(c_MF * run(x, w)), argnums=(0, 1))(x_MD, w_EDF)
 
     found, wanted = both(implementation), both("plain")
@@ -123,6 +123,29 @@ def test_the_kernels_take_groups_of_any_size(sizes):
     found, wanted = both(x_MD, w_EDF, "megablox"), both(x_MD, w_EDF, "plain")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, wanted)
     assert not np.asarray(found[1][1][1]).any()  # an expert without rows
+
+
+def test_blocked_products_under_vmap_checkpoint_and_scan():
+    """Two layers of products, each with sizes of its own."""
+    sizes_LE = BLOCK * jnp.asarray([(4, 0, 1), (0, 2, 3)])
+    x_LMD = jax.random.normal(jax.random.key(0), (2, 5 * BLOCK, 8))
+    w_LEDF = jax.random.normal(jax.random.key(1), (2, 3, 8, 6))
+
+    def one(implementation, x, w, sizes):
+        return jnp.sum(jnp.square(grouped_matmul(x, w, sizes, implementation=implementation)))
+
+    def scanned(x_LMD, w_LEDF):
+        step = jax.checkpoint(lambda x, w, sizes: one("blocked", x, w, sizes))
+        return jax.lax.scan(lambda total, part: (total + step(*part), None), 0.0, (x_LMD, w_LEDF, sizes_LE))[0]
+
+    def mapped(implementation):
+        return lambda x_LMD, w_LEDF: jnp.sum(jax.vmap(functools.partial(one, implementation))(x_LMD, w_LEDF, sizes_LE))
+
+    wanted, *found = (
+        jax.value_and_grad(run, argnums=(0, 1))(x_LMD, w_LEDF) for run in (mapped("plain"), mapped("blocked"), scanned)
+    )
+    for each in found:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), each, wanted)
 
 
 def test_an_expert_without_tokens_gets_a_zero_finite_gradient():

@@ -23,8 +23,8 @@ NUMBERS = st.none() | st.floats(min_value=1e-300, max_value=1e300)
 def test_columns_stand_in_the_promised_order(tmp_path):
     write_csv(Table((RUN,)), tmp_path / "table.csv")
     lines = (tmp_path / "table.csv").read_text().splitlines()
-    assert lines[0] == HEADER + ",corpus_bytes,corpus_hash"
-    assert lines[1] == "a,100,50,2000,1200000.0,3.5,2.1,finished,12.5,1000,abc"
+    assert lines[0] == HEADER + ",corpus_bytes,corpus_hash,experts,active_params"
+    assert lines[1] == "a,100,50,2000,1200000.0,3.5,2.1,finished,12.5,1000,abc,,"
 
 
 @settings(max_examples=40, deadline=None)
@@ -43,6 +43,8 @@ def test_columns_stand_in_the_promised_order(tmp_path):
             seconds=NUMBERS,
             corpus_bytes=st.none() | st.integers(0, 10**12),
             corpus_hash=st.none() | st.just("0123abcd"),
+            experts=st.none() | st.integers(0, 1000),
+            active_params=st.none() | st.integers(1, 10**15),
         ),
         unique_by=lambda run: run.name,
         max_size=4,

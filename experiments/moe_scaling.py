@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts against dense decoders at equal training compute."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from experiments import quickstart
+from research.models.decoder import Decoder
+from research.models.moe import Moe
+from research.models.routers import TopK
+from research.scaling import ladder
+from research.scaling.table import Table
+from research.train.experiment import Experiment
+
+KINDS = (0, 8, 16)  # experts of a layer
+CHOSEN = 2
+WIDTHS = {2e11: (24, 32, 48), 6.3e11: (32, 48, 64), 2e12: (48, 64, 96)}  # around the optimum of each budget (FLOPs)
+
+
+def model(d_model: int, *, experts: int) -> Decoder:
+    """The quickstart's decoder, or the same with experts of half its inner width, two of them for each token."""
+    dense = quickstart.model(d_model)
+    return replace(dense, mlp=Moe(experts, dense.mlp.d_ff // CHOSEN, TopK(CHOSEN))) if experts else dense
+
+
+def study(widths: Mapping[float, tuple[int, ...]], *, min_steps: int) -> dict[str, Experiment]:
+    """Every kind at every width of every budget, settings as the quickstart has them."""
+    found = {}
+    for budget, sizes in widths.items():
+        models = {f"{f'e{n}' if n else 'dense'}-w{width}": model(width, experts=n) for n in KINDS for width in sizes}
+        adjust, base = quickstart.rate, quickstart.base()
+        found |= ladder.isoflop(base, models=models, budgets=(budget,), adjust=adjust, min_steps=min_steps)
+    return found
+
+
+def sweep() -> dict[str, Experiment]:
+    return study(WIDTHS, min_steps=400)
+
+
+def smallest() -> dict[str, Experiment]:
+    """The same study in under a minute: it shows that all of it works, not what experts are worth."""
+    return study({6e9: (8, 12, 16), 1.2e10: (8, 12, 16)}, min_steps=40)
+
+
+def analyze(runs: Table, out: Path) -> None:
+    from research.scaling.effective_report import write_effective  # here: training needs no drawing
+
+    found = write_effective(runs, out, title=f"Experts on {type(quickstart.CORPUS).__name__}")
+    print("\n".join(found.sentences))
