@@ -6,11 +6,12 @@ import importlib.util
 import os
 import re
 import sys
+import traceback
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launch import host
+from launch import distributed, host
 
 TESTED_JAX = (0, 10)
 TEXT_FILES = "**/*.txt"
@@ -24,10 +25,24 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if options.command in (run, sweep):
         host.keep_memory()  # before JAX is loaded
+    sys.unraisablehook = quiet_unraisable
+    try:
+        code = guarded(options)
+    except Exception:
+        if not distributed.started():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code != 0:
+        distributed.leave(code)
+    return code
+
+
+def guarded(options: argparse.Namespace) -> int:
+    """The command's exit code, with one sentence for what the user can mend."""
     from research.core.types import UserError
     from research.train.interrupt import Interrupted
 
-    sys.unraisablehook = quiet_unraisable
     try:
         return options.command(options)
     except UserError as error:
@@ -90,12 +105,26 @@ def parser() -> argparse.ArgumentParser:
             help="change one field of every experiment, e.g. model.d_model=512 (repeatable)",
         )  # fmt: skip
 
+    def add_hosts(sub: argparse.ArgumentParser) -> None:
+        group = sub.add_argument_group(
+            "several hosts", "the same command on each; found by itself on TPU pods and Slurm"
+        )
+        group.add_argument("--coordinator", metavar="HOST:PORT", help="address of host 0, with a free port")
+        group.add_argument("--hosts", type=int, metavar="N", help="how many hosts there are (1: this one alone)")
+        group.add_argument("--host", type=int, metavar="I", help="which of them this one is, from 0")
+        group.add_argument(
+            "--host-timeout", type=float, default=distributed.TIMEOUT, metavar="SECONDS",
+            help="how long to wait for the others (default: %(default)g)",
+        )  # fmt: skip
+
     sub = add("run", run, "run one experiment of a study")
     add_study(sub)
     sub.add_argument("--only", required=True, metavar="NAME", help="the experiment's name")
     sub.add_argument("--profile", action="store_true", help="trace a few steps into the run's profile folder")
+    add_hosts(sub)
     sub = add("sweep", sweep, "run every unfinished experiment of a study, then analyse it")
     add_study(sub)
+    add_hosts(sub)
     add_study(add("analyze", analyze, "analyse the finished runs of a study"))
     add_study(add("list", list_runs, "list a study's experiments and how far they are"))
     sub = add("sample", sample, "write text with a trained model")
@@ -121,7 +150,13 @@ def load_study(options: argparse.Namespace):
     return study.load(options.study, options.overrides)
 
 
+def join_hosts(options: argparse.Namespace) -> None:
+    hosts = distributed.find(options.coordinator, options.hosts, options.host)
+    distributed.start(hosts, options.host_timeout)
+
+
 def run(options: argparse.Namespace) -> int:
+    join_hosts(options)
     study = load_study(options)
     experiment = study.only(options.only)
     from launch import local
@@ -137,6 +172,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def sweep(options: argparse.Namespace) -> int:
+    join_hosts(options)
     from launch import sweep as sweeps
 
     study = load_study(options)
