@@ -157,25 +157,32 @@ def join_hosts(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> int:
     join_hosts(options)
-    study = load_study(options)
-    experiment = study.only(options.only)
+    from research.train import hosts
+
+    with hosts.together():
+        study = load_study(options)
+        experiment = study.only(options.only)
     from launch import local
     from launch.sweep import check_corpus
 
     directory = options.runs / study.name / options.only
-    check_corpus(experiment, directory)
+    hosts.from_first(lambda: check_corpus(experiment, directory))
     result = local.run(experiment, directory, profile=options.profile)
     bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] is not None else ""
     loss = f"loss {result['loss']:.4f} nats per token" if result["loss"] is not None else "no held-out loss"
-    print(f"{options.only}: {loss}{bits}, {result['seconds']:.0f} s")
+    if hosts.first():
+        print(f"{options.only}: {loss}{bits}, {result['seconds']:.0f} s")
     return 0
 
 
 def sweep(options: argparse.Namespace) -> int:
     join_hosts(options)
+    from research.train import hosts
+
+    with hosts.together():
+        study = load_study(options)
     from launch import sweep as sweeps
 
-    study = load_study(options)
     return sweeps.sweep(study, options.runs / study.name)
 
 

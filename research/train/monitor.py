@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Watches a run: reads each step's metrics once the next step is under way, times it, writes, shows, and stops
-a run whose numbers are no longer numbers."""
+a run whose numbers are no longer numbers. Of several hosts all read and stop alike; the first writes and shows."""
 
 import contextlib
 import math
@@ -11,10 +11,11 @@ from typing import Any
 import jax
 
 from research.core.types import Metrics, UserError
+from research.train import hosts
 from research.train.checkpoint import Checkpointer
 from research.train.experiment import Experiment
-from research.train.metrics import MetricsWriter
-from research.train.progress import Progress
+from research.train.metrics import MetricsWriter, Unwritten
+from research.train.progress import Progress, Silent
 
 WORDS = {"grad_norm": "gradient norm", "param_norm": "parameters' norm"}
 MUST_BE_FINITE = ("loss", "grad_norm", "param_norm")  # the last one's step is saved only if it is
@@ -39,17 +40,18 @@ class Monitor:
         progress: Progress,
         profile: bool,
     ) -> None:
+        progress = progress if hosts.first() else Silent()
         self.experiment, self.checkpoints, self.peak, self.progress = experiment, checkpoints, peak, progress
-        self.writer = MetricsWriter(checkpoints.directory, step=step)
+        self.writer = MetricsWriter(checkpoints.directory, step=step) if hosts.first() else Unwritten()
         self._waiting: tuple[int, Metrics] | None = None
         self._seconds = self.writer.seconds
         self._first = step + 1  # its time holds the compilation: it is a stretch of its own
         self._stretch = [step, 0.0]  # steps done at the last line, and seconds of the steps since
         self._speed: dict[str, Any] = {}
         first, end = (min(step + at, experiment.steps) for at in PROFILED)
-        self._profiled = range(first, end) if profile else range(0)
+        self._profiled = range(first, end) if profile and hosts.first() else range(0)
         self._tracing = False
-        if profile and not self._profiled:
+        if profile and hosts.first() and not self._profiled:
             progress.note(f"nothing to profile: tracing begins at step {step + PROFILED[0] + 1}, beyond the run's end.")
         progress.start(experiment.name, total=experiment.steps, step=step)
         self._clock = time.perf_counter()
