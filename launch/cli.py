@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import distributed, host
+from research.train import watchdog
 
 TESTED_JAX = (0, 10)
 TEXT_FILES = "**/*.txt"
@@ -105,7 +106,11 @@ def parser() -> argparse.ArgumentParser:
             help="change one field of every experiment, e.g. model.d_model=512 (repeatable)",
         )  # fmt: skip
 
-    def add_hosts(sub: argparse.ArgumentParser) -> None:
+    def add_running(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--stall-minutes", type=float, default=watchdog.MINUTES, metavar="MINUTES",
+            help="end a run that makes no progress for so long (default: %(default)g; 0: never)",
+        )  # fmt: skip
         group = sub.add_argument_group(
             "several hosts", "the same command on each; found by itself on TPU pods and Slurm"
         )
@@ -121,10 +126,10 @@ def parser() -> argparse.ArgumentParser:
     add_study(sub)
     sub.add_argument("--only", required=True, metavar="NAME", help="the experiment's name")
     sub.add_argument("--profile", action="store_true", help="trace a few steps into the run's profile folder")
-    add_hosts(sub)
+    add_running(sub)
     sub = add("sweep", sweep, "run every unfinished experiment of a study, then analyse it")
     add_study(sub)
-    add_hosts(sub)
+    add_running(sub)
     add_study(add("analyze", analyze, "analyse the finished runs of a study"))
     add_study(add("list", list_runs, "list a study's experiments and how far they are"))
     sub = add("sample", sample, "write text with a trained model")
@@ -167,7 +172,7 @@ def run(options: argparse.Namespace) -> int:
 
     directory = options.runs / study.name / options.only
     hosts.from_first(lambda: check_corpus(experiment, directory))
-    result = local.run(experiment, directory, profile=options.profile)
+    result = local.run(experiment, directory, profile=options.profile, stall_minutes=options.stall_minutes)
     bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] is not None else ""
     loss = f"loss {result['loss']:.4f} nats per token" if result["loss"] is not None else "no held-out loss"
     if hosts.first():
@@ -183,7 +188,7 @@ def sweep(options: argparse.Namespace) -> int:
         study = load_study(options)
     from launch import sweep as sweeps
 
-    return sweeps.sweep(study, options.runs / study.name)
+    return sweeps.sweep(study, options.runs / study.name, stall_minutes=options.stall_minutes)
 
 
 def analyze(options: argparse.Namespace) -> int:

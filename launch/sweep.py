@@ -13,13 +13,13 @@ from research.core.types import UserError
 from research.data.pipeline import TextSource
 from research.scaling.ladder import TOLERANCE
 from research.scaling.table import write_csv
-from research.train import hosts
+from research.train import hosts, watchdog
 from research.train.checkpoint import brief
 from research.train.experiment import Experiment, Flops
 from research.train.monitor import Diverged
 
 
-def sweep(study: Study, directory: Path) -> int:
+def sweep(study: Study, directory: Path, *, stall_minutes: float = watchdog.MINUTES) -> int:
     """Runs every unfinished experiment; one that fails does not stop the others. Returns the exit code."""
     names = sorted(study.experiments, key=lambda name: study.experiments[name].flops)
     for name in names:
@@ -34,7 +34,7 @@ def sweep(study: Study, directory: Path) -> int:
         size = f"{experiment.steps} steps, {experiment.flops:.3g} FLOPs{off_length(experiment)}"
         say(f"[{position}/{len(names)}] {name}: {size}")
         try:
-            local.run(experiment, directory / name)
+            local.run(experiment, directory / name, stall_minutes=stall_minutes)
         except UserError as error:
             if hosts.several() and not isinstance(error, Diverged | hosts.HostsError):
                 raise  # on this host alone: the others are in the midst of the run

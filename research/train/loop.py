@@ -15,7 +15,7 @@ from research.core import sharding
 from research.core.files import read_json, write_json
 from research.core.types import Context, EvalRun, Stream, UserError
 from research.scaling import cost
-from research.train import hardware, hosts, metrics, provenance
+from research.train import hardware, hosts, metrics, provenance, watchdog
 from research.train.checkpoint import Checkpointer, check_unchanged
 from research.train.experiment import Experiment
 from research.train.interrupt import Interrupt, Interrupted
@@ -29,11 +29,13 @@ RECORD, RESULT = "experiment.json", "result.json"
 
 @dataclass(frozen=True)
 class Options:
-    """How to run, as opposed to what: where caches lie, what to show, whether to trace a few steps."""
+    """How to run, as opposed to what: where caches lie, what to show, whether to trace a few steps, and after how many
+    minutes without progress to give up (0: never)."""
 
     cache_dir: Path
     progress: Progress = field(default_factory=Silent)
     profile: bool = False
+    stall_minutes: float = watchdog.MINUTES
 
 
 def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, Any]:
@@ -65,8 +67,9 @@ def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, 
                 if hosts.first():
                     provenance.record(directory, mesh, step=done, extra={"data": stream.info})
             monitor = Monitor(
-                experiment, checkpoints, step=done, peak=peak, progress=options.progress, profile=options.profile
-            )
+                experiment, checkpoints, step=done, peak=peak, progress=options.progress, profile=options.profile,
+                stall_minutes=options.stall_minutes,
+            )  # fmt: skip
             with monitor, Interrupt() as interrupt:
                 train(program, state, stream, evals, checkpoints, monitor, interrupt)
                 result = hosts.from_first(lambda: finish(experiment, directory, stream))
@@ -109,11 +112,13 @@ def train(
     clock, optimizer = experiment.clock, experiment.optimizer
     frozen = {name: program.load(init) for name, init in experiment.frozen.items()}
     for index in range(int(state.step), total):
+        now = index + 1
+        monitor.expect("the batch of step", now)
         batch = stream.next(program.bind(state), index)
+        monitor.expect("step", now)
         with monitor.traced(index):
             rate = np.float32(optimizer.learning_rate(clock, index))
             state, measured = program.step(state, frozen, batch, rate)
-            now = index + 1
             monitor.watch(now, measured)
         signum = interrupt.asked()
         leaving = signum is not None and now < total
@@ -122,8 +127,10 @@ def train(
         if due or saving:
             monitor.flush()  # raises if the step just done is bad: it is neither evaluated nor saved
         for evaluate in due:
+            monitor.expect("an evaluation after step", now, patient=True)
             monitor.evaluated(now, evaluate(program.bind(state), now))
         if saving:
+            monitor.expect("the checkpoint of step", now, patient=True)
             checkpoints.save(now, state, stream.get_state(), experiment.record())
             monitor.resume_clock()
         if leaving:

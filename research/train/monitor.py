@@ -16,6 +16,7 @@ from research.train.checkpoint import Checkpointer
 from research.train.experiment import Experiment
 from research.train.metrics import MetricsWriter, Unwritten
 from research.train.progress import Progress, Silent
+from research.train.watchdog import Watchdog
 
 WORDS = {"grad_norm": "gradient norm", "param_norm": "parameters' norm"}
 MUST_BE_FINITE = ("loss", "grad_norm", "param_norm")  # the last one's step is saved only if it is
@@ -28,7 +29,8 @@ class Diverged(UserError):
 
 
 class Monitor:
-    """One attempt at a run, from ``step`` on. peak: FLOP/s of the mesh at best, or None where unknown."""
+    """One attempt at a run, from ``step`` on. peak: FLOP/s of the mesh at best, or None where unknown.
+    stall_minutes: how long nothing may happen before the process is ended (``Watchdog``)."""
 
     def __init__(
         self,
@@ -38,7 +40,8 @@ class Monitor:
         step: int,
         peak: float | None,
         progress: Progress,
-        profile: bool,
+        profile: bool = False,
+        stall_minutes: float = 0.0,
     ) -> None:
         progress = progress if hosts.first() else Silent()
         self.experiment, self.checkpoints, self.peak, self.progress = experiment, checkpoints, peak, progress
@@ -53,8 +56,13 @@ class Monitor:
         self._tracing = False
         if profile and hosts.first() and not self._profiled:
             progress.note(f"nothing to profile: tracing begins at step {step + PROFILED[0] + 1}, beyond the run's end.")
+        self._watchdog = Watchdog(experiment.name, stall_minutes)
         progress.start(experiment.name, total=experiment.steps, step=step)
         self._clock = time.perf_counter()
+
+    def expect(self, what: str, step: int, *, patient: bool = False) -> None:
+        """Says what the run waits for now, for when it never comes. The first step compiles: it may take long."""
+        self._watchdog.expect(f"{what} {step}", patient=patient or step == self._first)
 
     def watch(self, step: int, measured: Metrics) -> None:
         """Takes the metrics of a step just dispatched, and reads those of the one before while it runs."""
@@ -140,9 +148,11 @@ class Monitor:
             jax.profiler.stop_trace()
 
     def __enter__(self) -> "Monitor":
+        self._watchdog.start()
         return self
 
     def __exit__(self, *raised: Any) -> None:
+        self._watchdog.stop()
         self._stop_trace()
         self.progress.stop()
         self.writer.close()

@@ -4,7 +4,7 @@
 from dataclasses import replace
 
 from research.core.sharding import MeshSpec
-from research.train.experiment import CheckpointPolicy, Experiment
+from research.train.experiment import CheckpointPolicy, Experiment, Steps
 from research.train.optimizers import Sgd
 from tests import tiny
 
@@ -18,10 +18,10 @@ def sweep() -> dict[str, Experiment]:
 
 def long() -> dict[str, Experiment]:
     """Long enough to be stopped in its middle."""
-    return {name: replace(e, length=replace(e.length, count=120)) for name, e in sweep().items()}
+    return {name: replace(e, length=Steps(120)) for name, e in sweep().items()}
 
 
 def diverging() -> dict[str, Experiment]:
     """The first run's loss becomes infinite; the second's does not."""
-    first, second = sweep().values()
-    return {"wild": replace(first, optimizer=Sgd(peak=1e30)), "tame": second}
+    tame = sweep()["mixed"]
+    return {"wild": replace(tame, optimizer=Sgd(peak=1e30)), "tame": tame}
