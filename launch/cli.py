@@ -6,11 +6,13 @@ import importlib.util
 import os
 import re
 import sys
+import traceback
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launch import host
+from launch import distributed, host
+from research.train import watchdog
 
 TESTED_JAX = (0, 10)
 TEXT_FILES = "**/*.txt"
@@ -24,10 +26,24 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if options.command in (run, sweep):
         host.keep_memory()  # before JAX is loaded
+    sys.unraisablehook = quiet_unraisable
+    try:
+        code = guarded(options)
+    except Exception:
+        if not distributed.started():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code != 0:
+        distributed.leave(code)
+    return code
+
+
+def guarded(options: argparse.Namespace) -> int:
+    """The command's exit code, with one sentence for what the user can mend."""
     from research.core.types import UserError
     from research.train.interrupt import Interrupted
 
-    sys.unraisablehook = quiet_unraisable
     try:
         return options.command(options)
     except UserError as error:
@@ -90,12 +106,30 @@ def parser() -> argparse.ArgumentParser:
             help="change one field of every experiment, e.g. model.d_model=512 (repeatable)",
         )  # fmt: skip
 
+    def add_running(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--stall-minutes", type=float, default=watchdog.MINUTES, metavar="MINUTES",
+            help="end a run that makes no progress for so long (default: %(default)g; 0: never)",
+        )  # fmt: skip
+        group = sub.add_argument_group(
+            "several hosts", "the same command on each; found by itself on TPU pods and Slurm"
+        )
+        group.add_argument("--coordinator", metavar="HOST:PORT", help="address of host 0, with a free port")
+        group.add_argument("--hosts", type=int, metavar="N", help="how many hosts there are (1: this one alone)")
+        group.add_argument("--host", type=int, metavar="I", help="which of them this one is, from 0")
+        group.add_argument(
+            "--host-timeout", type=float, default=distributed.TIMEOUT, metavar="SECONDS",
+            help="how long to wait for the others (default: %(default)g)",
+        )  # fmt: skip
+
     sub = add("run", run, "run one experiment of a study")
     add_study(sub)
     sub.add_argument("--only", required=True, metavar="NAME", help="the experiment's name")
     sub.add_argument("--profile", action="store_true", help="trace a few steps into the run's profile folder")
+    add_running(sub)
     sub = add("sweep", sweep, "run every unfinished experiment of a study, then analyse it")
     add_study(sub)
+    add_running(sub)
     add_study(add("analyze", analyze, "analyse the finished runs of a study"))
     add_study(add("list", list_runs, "list a study's experiments and how far they are"))
     sub = add("sample", sample, "write text with a trained model")
@@ -121,26 +155,40 @@ def load_study(options: argparse.Namespace):
     return study.load(options.study, options.overrides)
 
 
+def join_hosts(options: argparse.Namespace) -> None:
+    hosts = distributed.find(options.coordinator, options.hosts, options.host)
+    distributed.start(hosts, options.host_timeout)
+
+
 def run(options: argparse.Namespace) -> int:
-    study = load_study(options)
-    experiment = study.only(options.only)
+    join_hosts(options)
+    from research.train import hosts
+
+    with hosts.together():
+        study = load_study(options)
+        experiment = study.only(options.only)
     from launch import local
     from launch.sweep import check_corpus
 
     directory = options.runs / study.name / options.only
-    check_corpus(experiment, directory)
-    result = local.run(experiment, directory, profile=options.profile)
+    hosts.from_first(lambda: check_corpus(experiment, directory))
+    result = local.run(experiment, directory, profile=options.profile, stall_minutes=options.stall_minutes)
     bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] is not None else ""
     loss = f"loss {result['loss']:.4f} nats per token" if result["loss"] is not None else "no held-out loss"
-    print(f"{options.only}: {loss}{bits}, {result['seconds']:.0f} s")
+    if hosts.first():
+        print(f"{options.only}: {loss}{bits}, {result['seconds']:.0f} s")
     return 0
 
 
 def sweep(options: argparse.Namespace) -> int:
+    join_hosts(options)
+    from research.train import hosts
+
+    with hosts.together():
+        study = load_study(options)
     from launch import sweep as sweeps
 
-    study = load_study(options)
-    return sweeps.sweep(study, options.runs / study.name)
+    return sweeps.sweep(study, options.runs / study.name, stall_minutes=options.stall_minutes)
 
 
 def analyze(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from research.core.types import UserError
-from research.train import loop, progress
+from research.train import hosts, loop, progress, watchdog
 from research.train.experiment import Experiment
 from research.train.monitor import Diverged
 
@@ -31,19 +31,26 @@ def use_compilation_cache(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def run(experiment: Experiment, directory: Path, *, profile: bool = False) -> dict[str, Any]:
+def run(
+    experiment: Experiment, directory: Path, *, profile: bool = False, stall_minutes: float = watchdog.MINUTES
+) -> dict[str, Any]:
     """One run to its end, with a record of the failure where it fails."""
     folder = cache_dir()
     use_compilation_cache(folder)
-    options = loop.Options(cache_dir=folder, progress=progress.choose(), profile=profile)
-    with locked(directory):
-        (directory / FAILURE).unlink(missing_ok=True)
+    options = loop.Options(cache_dir=folder, progress=progress.choose(), profile=profile, stall_minutes=stall_minutes)
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> None:
+            stack.enter_context(locked(directory))
+            (directory / FAILURE).unlink(missing_ok=True)
+
+        hosts.from_first(begin)
         try:
             return loop.run(experiment, directory, options)
         except Exception as error:
             status = "diverged" if isinstance(error, Diverged) else "failed"
-            if (directory / loop.RESULT).exists():
-                raise  # a finished run that was refused under other settings is no failure
+            if not hosts.first() or (directory / loop.RESULT).exists():
+                raise  # a finished run that was refused under other settings is no failure; one host writes for all
             with contextlib.suppress(OSError):  # a full disk must not hide the error that says so
                 record = {"status": status, "hash": experiment.hash, "message": str(error)}
                 loop.write_json(directory / FAILURE, record)

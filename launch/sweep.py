@@ -1,47 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole study: run what is not finished, smallest first, then analyse."""
 
+import functools
 import sys
 import time
 from pathlib import Path
 
-from launch import collect, local
+from launch import collect, distributed, local
 from launch.host import OUT_OF_SPACE
 from launch.study import Study, told
 from research.core.types import UserError
 from research.data.pipeline import TextSource
 from research.scaling.ladder import TOLERANCE
 from research.scaling.table import write_csv
+from research.train import hosts, watchdog
 from research.train.checkpoint import brief
 from research.train.experiment import Experiment, Flops
+from research.train.monitor import Diverged
 
 
-def sweep(study: Study, directory: Path) -> int:
+def sweep(study: Study, directory: Path, *, stall_minutes: float = watchdog.MINUTES) -> int:
     """Runs every unfinished experiment; one that fails does not stop the others. Returns the exit code."""
     names = sorted(study.experiments, key=lambda name: study.experiments[name].flops)
     for name in names:
-        check_corpus(study.experiments[name], directory / name)
+        hosts.from_first(functools.partial(check_corpus, study.experiments[name], directory / name))
     begun, failed = time.monotonic(), []
     for position, name in enumerate(names, start=1):
         experiment = study.experiments[name]
-        state, _ = collect.status(experiment, directory / name)
+        state, _ = hosts.from_first(functools.partial(collect.status, experiment, directory / name))
         if state == "finished":
             say(f"[{position}/{len(names)}] {name}: finished before")
             continue
         size = f"{experiment.steps} steps, {experiment.flops:.3g} FLOPs{off_length(experiment)}"
         say(f"[{position}/{len(names)}] {name}: {size}")
         try:
-            local.run(experiment, directory / name)
+            local.run(experiment, directory / name, stall_minutes=stall_minutes)
         except UserError as error:
+            if hosts.several() and not isinstance(error, Diverged | hosts.HostsError):
+                raise  # on this host alone: the others are in the midst of the run
             failed.append(name)
             say(f"[{position}/{len(names)}] {name}: {error}")
         except Exception as error:  # one run's crash must not end the sweep; its failure.json has the whole text
-            if isinstance(error, OSError) and error.errno in OUT_OF_SPACE:
+            if hosts.several() or isinstance(error, OSError) and error.errno in OUT_OF_SPACE:
                 raise
             failed.append(name)
             say(f"[{position}/{len(names)}] {name}: {type(error).__name__}: {brief(error)}")
     say(f"{len(names) - len(failed)} of {len(names)} runs finished, {time.monotonic() - begun:.0f} s")
-    if study.analyze is not None:
+    writes = hosts.first()
+    distributed.stop()  # which no host does before all are done; an analysis may take long
+    if study.analyze is not None and writes:
         analyze(study, directory)
     return 1 if failed else 0
 
@@ -80,4 +87,5 @@ def analyze(study: Study, directory: Path) -> None:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if hosts.first():
+        print(text, file=sys.stderr, flush=True)

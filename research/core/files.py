@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files written whole or not at all."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from research.core.errors import UserError
 
 
 def write_atomically(path: Path | str, content: str | bytes) -> None:
@@ -19,3 +23,20 @@ def write_atomically(path: Path | str, content: str | bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is no file. Raises UserError where it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is damaged: remove it, and the run goes on from its last checkpoint.")
+    return record
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=2) + "\n")

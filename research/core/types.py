@@ -13,14 +13,12 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
+from research.core.errors import UserError as UserError
+
 Array = jax.Array
 Params = Any  # a nested dict of arrays
 Batch = Mapping[str, Array]
 Metrics = dict[str, Any]
-
-
-class UserError(Exception):
-    """Something the user can mend: one plain sentence saying what was given, what is allowed, what to do."""
 
 
 class WeightedSum(NamedTuple):

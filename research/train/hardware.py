@@ -34,10 +34,12 @@ SIZE = 2048
 
 
 def peak_flops(mesh: Mesh, cache_dir: Path) -> float | None:
-    """Peak FLOP/s of the mesh: published for accelerators; for this host's CPU the measured float32 matmul rate."""
+    """Peak FLOP/s of the mesh: published for accelerators; for CPUs the float32 matmul rate
+    measured on this host, times the hosts."""
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
-        return cpu_matmul_rate(device, cache_dir)
+        hosts = len({device.process_index for device in mesh.devices.flat})
+        return cpu_matmul_rate(jax.local_devices()[0], cache_dir) * hosts
     one = PEAK_FLOPS.get(device.device_kind)
     return one * mesh.devices.size if one else None
 

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and Ctrl-C ask the loop to save and leave; a second one leaves at once."""
+"""SIGTERM and Ctrl-C ask the loop to save and leave; a second one leaves at once. A signal to one of several hosts
+is one to all."""
 
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
+
+from research.core.types import Array
+from research.train import hosts
 
 
 class Interrupted(BaseException):
@@ -21,11 +25,24 @@ class Interrupt:
     def __init__(self) -> None:
         self.signum: int | None = None
         self._before: dict[int, Any] = {}
+        self._said: Array | None = None
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:
             raise KeyboardInterrupt
         self.signum = signum
+
+    def asked(self) -> int | None:
+        """The signal to leave for, if any; asked once a step. With several hosts all get the same answer: what
+        they said a step ago, which has come by now, so that nobody waits for it."""
+        if not hosts.several():
+            return self.signum
+        before, self._said = self._said, hosts.largest(self.signum or 0)
+        return (int(before) or None) if before is not None else None
+
+    def asked_last(self) -> int | None:
+        """As ``asked``, once the run is done: what all hosts say now."""
+        return int(hosts.largest(self.signum or 0)) or None if hosts.several() else self.signum
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():

@@ -2,7 +2,6 @@
 """The training loop: ``run(experiment, directory)`` takes an experiment from nothing, or from its last
 checkpoint, to its end."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from research.core import sharding
-from research.core.files import write_atomically
+from research.core.files import read_json, write_json
 from research.core.types import Context, EvalRun, Stream, UserError
 from research.scaling import cost
-from research.train import hardware, metrics, provenance
+from research.train import hardware, hosts, metrics, provenance, watchdog
 from research.train.checkpoint import Checkpointer, check_unchanged
 from research.train.experiment import Experiment
 from research.train.interrupt import Interrupt, Interrupted
@@ -29,11 +29,13 @@ RECORD, RESULT = "experiment.json", "result.json"
 
 @dataclass(frozen=True)
 class Options:
-    """How to run, as opposed to what: where caches lie, what to show, whether to trace a few steps."""
+    """How to run, as opposed to what: where caches lie, what to show, whether to trace a few steps, and after how many
+    minutes without progress to give up (0: never)."""
 
     cache_dir: Path
     progress: Progress = field(default_factory=Silent)
     profile: bool = False
+    stall_minutes: float = watchdog.MINUTES
 
 
 def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, Any]:
@@ -42,41 +44,58 @@ def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, 
     A finished run is left as it is; one that holds checkpoints is gone on with. Raises UserError for what the
     user can mend, Diverged for a loss that is not finite, and Interrupted after saving when a signal asked.
     """
-    experiment.check()
-    record, previous = experiment.record(), read_json(directory / RECORD)
-    if previous is not None:
-        check_unchanged(previous, record, directory)
-    if (done_before := read_json(directory / RESULT)) is not None:
+    hosts.check_equal("experiment", experiment.record())
+    if (done_before := hosts.from_first(lambda: look(experiment, directory))) is not None:
         return done_before
-    mesh = sharding.make_mesh(experiment.mesh)
-    check_fits(experiment, mesh)
-    peak = hardware.peak_flops(mesh, options.cache_dir)
+    with hosts.together():
+        mesh = sharding.make_mesh(experiment.mesh)
+        check_fits(experiment, mesh)
+        hosts.check(mesh)
+        peak = hardware.peak_flops(mesh, options.cache_dir) if hosts.first() else None
     with jax.set_mesh(mesh):
-        context = Context(mesh=mesh, seed=experiment.seed, cache_dir=options.cache_dir)
-        stream = experiment.source.start(context)
-        for source in experiment.sources:
-            size = source.vocab_size(options.cache_dir)
-            experiment.model.check(sequence_length=source.sequence_length, vocab_size=size)
-        program = Program(experiment, mesh)
-        evals = [evaluation.start(context) for evaluation in experiment.evals]
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / RECORD, record)
+        program, stream, evals = hosts.in_turn(
+            lambda: prepare(experiment, mesh, options.cache_dir), folder=options.cache_dir
+        )
+        hosts.check_equal("data", stream.get_state())
+        hosts.from_first(lambda: write_json(directory / RECORD, experiment.record()))
+        hosts.check_shared(directory)
         checkpoints = Checkpointer(directory, experiment.checkpoint)
         try:
             state = first_state(program, checkpoints, stream)
             done = int(state.step)
-            provenance.record(directory, mesh, step=done, extra={"data": stream.info})
+            with hosts.together():
+                if hosts.first():
+                    provenance.record(directory, mesh, step=done, extra={"data": stream.info})
             monitor = Monitor(
-                experiment, checkpoints, step=done, peak=peak, progress=options.progress, profile=options.profile
-            )
+                experiment, checkpoints, step=done, peak=peak, progress=options.progress, profile=options.profile,
+                stall_minutes=options.stall_minutes,
+            )  # fmt: skip
             with monitor, Interrupt() as interrupt:
                 train(program, state, stream, evals, checkpoints, monitor, interrupt)
-                result = finish(experiment, directory, stream)
+                result = hosts.from_first(lambda: finish(experiment, directory, stream))
         finally:
             checkpoints.close()
-    if interrupt.signum is not None:  # it came during the last step: the run is done, its caller is to stop
-        raise Interrupted(experiment.name, step=experiment.steps, signum=interrupt.signum)
+    if (signum := interrupt.asked_last()) is not None:  # during the last step: the run is done, its caller is to stop
+        raise Interrupted(experiment.name, step=experiment.steps, signum=signum)
     return result
+
+
+def look(experiment: Experiment, directory: Path) -> dict[str, Any] | None:
+    """The result of a run that is done; else None. Raises UserError for an experiment that cannot go on there."""
+    experiment.check()
+    if (previous := read_json(directory / RECORD)) is not None:
+        check_unchanged(previous, experiment.record(), directory)
+    return read_json(directory / RESULT)
+
+
+def prepare(experiment: Experiment, mesh: Mesh, cache_dir: Path) -> tuple[Program, Stream, list[EvalRun]]:
+    """What a run is made of; fills the cache."""
+    context = Context(mesh=mesh, seed=experiment.seed, cache_dir=cache_dir)
+    stream = experiment.source.start(context)
+    for source in experiment.sources:
+        size = source.vocab_size(cache_dir)
+        experiment.model.check(sequence_length=source.sequence_length, vocab_size=size)
+    return Program(experiment, mesh), stream, [evaluation.start(context) for evaluation in experiment.evals]
 
 
 def train(
@@ -93,25 +112,30 @@ def train(
     clock, optimizer = experiment.clock, experiment.optimizer
     frozen = {name: program.load(init) for name, init in experiment.frozen.items()}
     for index in range(int(state.step), total):
+        now = index + 1
+        monitor.expect("the batch of step", now)
         batch = stream.next(program.bind(state), index)
+        monitor.expect("step", now)
         with monitor.traced(index):
             rate = np.float32(optimizer.learning_rate(clock, index))
             state, measured = program.step(state, frozen, batch, rate)
-            now = index + 1
             monitor.watch(now, measured)
-        leaving = interrupt.signum is not None and now < total
+        signum = interrupt.asked()
+        leaving = signum is not None and now < total
         saving = leaving or is_due(experiment.checkpoint.every, now, total)
         due = [run for run, spec in zip(evals, experiment.evals, strict=True) if is_due(spec.every, now, total)]
         if due or saving:
             monitor.flush()  # raises if the step just done is bad: it is neither evaluated nor saved
         for evaluate in due:
+            monitor.expect("an evaluation after step", now, patient=True)
             monitor.evaluated(now, evaluate(program.bind(state), now))
         if saving:
+            monitor.expect("the checkpoint of step", now, patient=True)
             checkpoints.save(now, state, stream.get_state(), experiment.record())
             monitor.resume_clock()
         if leaving:
             checkpoints.wait()
-            raise Interrupted(experiment.name, step=now, signum=interrupt.signum or 0)
+            raise Interrupted(experiment.name, step=now, signum=signum or 0)
     checkpoints.wait()
 
 
@@ -150,20 +174,3 @@ def finish(experiment: Experiment, directory: Path, stream: Stream) -> dict[str,
     }
     write_json(directory / RESULT, result)
     return result
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is no file. Raises UserError where it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        record = json.loads(path.read_text())
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise UserError(f"{path} is damaged: remove it, and the run goes on from its last checkpoint.")
-    return record
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -92,6 +92,16 @@ class MetricsWriter:
             self._board.close()
 
 
+class Unwritten:
+    """In place of a ``MetricsWriter`` where another host writes."""
+
+    seconds = 0.0
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def plain(value: Any) -> Any:
     """A JSON value for a number or an array."""
     if hasattr(value, "tolist"):

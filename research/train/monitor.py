@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Watches a run: reads each step's metrics once the next step is under way, times it, writes, shows, and stops
-a run whose numbers are no longer numbers."""
+a run whose numbers are no longer numbers. Of several hosts all read and stop alike; the first writes and shows."""
 
 import contextlib
 import math
@@ -11,10 +11,12 @@ from typing import Any
 import jax
 
 from research.core.types import Metrics, UserError
+from research.train import hosts
 from research.train.checkpoint import Checkpointer
 from research.train.experiment import Experiment
-from research.train.metrics import MetricsWriter
-from research.train.progress import Progress
+from research.train.metrics import MetricsWriter, Unwritten
+from research.train.progress import Progress, Silent
+from research.train.watchdog import Watchdog
 
 WORDS = {"grad_norm": "gradient norm", "param_norm": "parameters' norm"}
 MUST_BE_FINITE = ("loss", "grad_norm", "param_norm")  # the last one's step is saved only if it is
@@ -27,7 +29,8 @@ class Diverged(UserError):
 
 
 class Monitor:
-    """One attempt at a run, from ``step`` on. peak: FLOP/s of the mesh at best, or None where unknown."""
+    """One attempt at a run, from ``step`` on. peak: FLOP/s of the mesh at best, or None where unknown.
+    stall_minutes: how long nothing may happen before the process is ended (``Watchdog``)."""
 
     def __init__(
         self,
@@ -37,22 +40,29 @@ class Monitor:
         step: int,
         peak: float | None,
         progress: Progress,
-        profile: bool,
+        profile: bool = False,
+        stall_minutes: float = 0.0,
     ) -> None:
+        progress = progress if hosts.first() else Silent()
         self.experiment, self.checkpoints, self.peak, self.progress = experiment, checkpoints, peak, progress
-        self.writer = MetricsWriter(checkpoints.directory, step=step)
+        self.writer = MetricsWriter(checkpoints.directory, step=step) if hosts.first() else Unwritten()
         self._waiting: tuple[int, Metrics] | None = None
         self._seconds = self.writer.seconds
         self._first = step + 1  # its time holds the compilation: it is a stretch of its own
         self._stretch = [step, 0.0]  # steps done at the last line, and seconds of the steps since
         self._speed: dict[str, Any] = {}
         first, end = (min(step + at, experiment.steps) for at in PROFILED)
-        self._profiled = range(first, end) if profile else range(0)
+        self._profiled = range(first, end) if profile and hosts.first() else range(0)
         self._tracing = False
-        if profile and not self._profiled:
+        if profile and hosts.first() and not self._profiled:
             progress.note(f"nothing to profile: tracing begins at step {step + PROFILED[0] + 1}, beyond the run's end.")
+        self._watchdog = Watchdog(experiment.name, stall_minutes)
         progress.start(experiment.name, total=experiment.steps, step=step)
         self._clock = time.perf_counter()
+
+    def expect(self, what: str, step: int, *, patient: bool = False) -> None:
+        """Says what the run waits for now, for when it never comes. The first step compiles: it may take long."""
+        self._watchdog.expect(f"{what} {step}", patient=patient or step == self._first)
 
     def watch(self, step: int, measured: Metrics) -> None:
         """Takes the metrics of a step just dispatched, and reads those of the one before while it runs."""
@@ -138,9 +148,11 @@ class Monitor:
             jax.profiler.stop_trace()
 
     def __enter__(self) -> "Monitor":
+        self._watchdog.start()
         return self
 
     def __exit__(self, *raised: Any) -> None:
+        self._watchdog.stop()
         self._stop_trace()
         self.progress.stop()
         self.writer.close()

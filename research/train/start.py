@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from research.core import sharding
 from research.core.types import Stream
 from research.models.bound import Bound
-from research.train import checkpoint, state, step
+from research.train import checkpoint, hosts, state, step
 from research.train.experiment import Experiment, Init
 from research.train.state import TrainState
 
@@ -35,7 +35,7 @@ class Program:
         self.step = jax.jit(
             step.make_step(experiment, self.tx, platform=self.platform),
             donate_argnums=0,
-            out_shardings=(self.layout, None),
+            out_shardings=(self.layout, sharding.replicated(mesh)),  # so that every host can read the metrics
         )
 
     def bind(self, current: TrainState) -> Bound:
@@ -61,7 +61,7 @@ class Program:
 
 def first_state(program: Program, checkpoints: checkpoint.Checkpointer, stream: Stream) -> TrainState:
     """The state to go on from: the run's last checkpoint, else what ``experiment.init`` names, else fresh."""
-    experiment, saved = program.experiment, checkpoint.steps(checkpoints.directory)
+    experiment, saved = program.experiment, hosts.from_first(lambda: checkpoint.steps(checkpoints.directory))
     if saved:
         return _restore(program, checkpoints, saved[-1], stream, experiment.record())
     init = experiment.init
