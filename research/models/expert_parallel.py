@@ -80,6 +80,8 @@ def run(layer: Layer, x_BTD: Array, routing: Routing, weights: Weights, *, taken
             return lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True)
         return lax.psum(y_BTD, "tensor")
 
+    # gathered weights are gathered again in the backward pass, never kept
+    local = jax.checkpoint(local, policy=jax.checkpoint_policies.save_anything_except_these_names(sharded.GATHERED))
     in_specs = (row, each, (each,) * 3, *specs)
     return jax.shard_map(local, in_specs=in_specs, out_specs=row, check_vma=False)(x_BTD, gate, where, *weights)
 

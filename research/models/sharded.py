@@ -8,18 +8,23 @@ of one product and the inputs of the next; between them the residual stream is s
 meshes of several axes were seen to gather activations and to sum a gradient once for each axis.
 """
 
+import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from research.core import sharding
 from research.core.sharding import Axes, mesh_axes
 from research.core.types import Array
 from research.models import ops
+
+GATHERED = "gathered"
 
 
 def linear(
@@ -38,55 +43,136 @@ def linear(
     """
     if not sharding.partitioned() or x.ndim - contract != 2:
         return list(ops.linear(x, *weights, contract=contract, platform=platform))
-    stored = [sharding.partition_spec(names, without=taken) for names in axes]
-    used = [
-        [None if name == "embed" else entry for name, entry in zip(names, spec, strict=True)]
-        for names, spec in zip(axes, stored, strict=True)
-    ]
-    sizes = sharding.current_shape()
-    inputs, outputs = used[0][:contract], [names[contract:] for names in used]
-    split_in, split_out = any(inputs), any(any(names) for names in outputs)
-    whole = sharding.partition_spec(("batch", "sequence"), without=taken)
-    spread = sharding.partition_spec(("batch", "residual_sequence"), without=taken)
-    whole, spread = (sharding.fitting_spec(x.shape[:2], spec, sizes) for spec in (whole, spread))
-    by_tensor = tuple(axis for axis in mesh_axes(spread[1]) if axis not in mesh_axes(whole[1]))
-    summed = tuple(axis for entry in inputs for axis in mesh_axes(entry))
+    return list(_linear(_Plan.make(x, axes, contract, platform, taken), x, tuple(weights)))
 
-    def local(x: Array, *weights: Array) -> tuple[Array, ...]:
-        if split_out and by_tensor:
-            x = lax.all_gather(x, by_tensor, axis=1, tiled=True)
-        gathered = [_gathered(w, spec, kept) for w, spec, kept in zip(weights, stored, used, strict=True)]
-        found = ops.linear(x, *gathered, contract=contract, platform=platform)
-        return tuple(_summed(y, summed, by_tensor) for y in found)
 
-    rows = spread if not split_in else whole
-    results = whole if split_out else spread
+@dataclass(frozen=True)
+class _Plan:
+    """Where the arrays of one product lie. stored: the weights at rest; used: what stays split of them in use.
+
+    rows, results: rows and sequence of the input and of the outputs. gathered: mesh axes over which the input's
+    sequence is gathered; summed: those over which the products are summed, of which ``scattered`` also split the
+    sequence of the result.
+    """
+
+    contract: int
+    platform: str
+    stored: tuple[PartitionSpec, ...]
+    used: tuple[PartitionSpec, ...]
+    rows: PartitionSpec
+    results: PartitionSpec
+    gathered: tuple[str, ...]
+    scattered: tuple[str, ...]
+    summed: tuple[str, ...]
+
+    @staticmethod
+    def make(x: Array, axes: Sequence[Axes], contract: int, platform: str, taken: tuple[str, ...]) -> "_Plan":
+        sizes = sharding.current_shape()
+        stored = tuple(sharding.partition_spec(names, without=taken) for names in axes)
+        used = tuple(
+            PartitionSpec(*[None if name == "embed" else entry for name, entry in zip(names, spec, strict=True)])
+            for names, spec in zip(axes, stored, strict=True)
+        )
+        whole, spread = (
+            sharding.fitting_spec(x.shape[:2], sharding.partition_spec(("batch", name), without=taken), sizes)
+            for name in ("sequence", "residual_sequence")
+        )
+        by_tensor = tuple(axis for axis in mesh_axes(spread[1]) if axis not in mesh_axes(whole[1]))
+        summed = tuple(axis for entry in used[0][:contract] for axis in mesh_axes(entry))
+        split_out = any(any(spec[contract:]) for spec in used)
+        return _Plan(
+            contract=contract,
+            platform=platform,
+            stored=stored,
+            used=used,
+            rows=whole if summed else spread,
+            results=whole if split_out else spread,
+            gathered=by_tensor if split_out else (),
+            scattered=by_tensor if summed else (),
+            summed=summed,
+        )
+
+    @property
+    def inputs(self) -> PartitionSpec:
+        return PartitionSpec(*self.rows, *self.used[0][: self.contract])
+
+    @property
+    def outputs(self) -> tuple[PartitionSpec, ...]:
+        return tuple(PartitionSpec(*self.results, *spec[self.contract :]) for spec in self.used)
+
+    def product(self, x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
+        return ops.linear(x, *weights, contract=self.contract, platform=self.platform)
+
+    def whole(self, x: Array, weights: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+        """A device's operands: the input's sequence and the weights as they are used."""
+        x = lax.all_gather(x, self.gathered, axis=1, tiled=True) if self.gathered else x
+        return x, tuple(_gathered(w, *specs) for w, *specs in zip(weights, self.stored, self.used, strict=True))
+
+    def forward(self, x: Array, *weights: Array) -> tuple[Array, ...]:
+        found = self.product(*self.whole(x, weights))
+        return tuple(_summed(y, self.scattered, self.summed) for y in found)
+
+    def backward(self, x: Array, weights: tuple[Array, ...], d_outputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        if self.scattered:
+            d_outputs = tuple(lax.all_gather(d, self.scattered, axis=1, tiled=True) for d in d_outputs)
+        d_x, d_weights = jax.vjp(self.product, *self.whole(x, weights))[1](d_outputs)
+        parts = {axis for spec in self.used for entry in spec[self.contract :] for axis in mesh_axes(entry)}
+        d_x = _summed(d_x, self.gathered, tuple(parts))
+        tokens = [axis for entry in self.rows for axis in mesh_axes(entry) if axis not in self.gathered]
+        d_weights = [self._scattered(d, i, tokens) for i, d in enumerate(d_weights)]
+        # the barrier: else the whole gradients of a layer's weights may wait in memory to be scattered
+        return lax.optimization_barrier((d_x, *d_weights))
+
+    def _scattered(self, d_w: Array, index: int, tokens: list[str]) -> Array:
+        """The sum over all devices that saw other tokens; each keeps the part that it stores."""
+        stored, used = self.stored[index], self.used[index]
+        for dim, (entry, stay) in enumerate(zip(stored, used, strict=True)):
+            axes = tuple(axis for axis in mesh_axes(entry) if axis not in mesh_axes(stay))
+            mine = tuple(axis for axis in axes if axis in tokens)
+            if lax.axis_size(axes) > lax.axis_size(mine):  # where some of the devices saw the same tokens
+                rest = tuple(axis for axis in axes if axis not in tokens)
+                d_w = d_w / lax.axis_size(rest)
+            if axes and lax.axis_size(axes) > 1:
+                d_w = lax.psum_scatter(d_w, axes, scatter_dimension=dim, tiled=True)
+        rest = tuple(axis for axis in tokens if not any(axis in mesh_axes(entry) for entry in stored))
+        return lax.psum(d_w, rest) if rest else d_w
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(plan: _Plan, x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
+    specs = (plan.inputs, *plan.stored)
+    return jax.shard_map(plan.forward, in_specs=specs, out_specs=plan.outputs, check_vma=False)(x, *weights)
+
+
+def _linear_backward(
+    plan: _Plan, saved: tuple[Array, tuple[Array, ...]], d_outputs: tuple[Array, ...]
+) -> tuple[Array, tuple[Array, ...]]:
+    specs = (plan.inputs, plan.stored)
     run = jax.shard_map(
-        local,
-        in_specs=(PartitionSpec(*rows, *inputs), *stored),
-        out_specs=tuple(PartitionSpec(*results, *names) for names in outputs),
-        check_vma=False,
+        plan.backward, in_specs=(*specs, plan.outputs), out_specs=(plan.inputs, *plan.stored), check_vma=False
     )
-    return list(run(x, *weights))
+    d_x, *d_weights = run(*saved, d_outputs)
+    return d_x, tuple(d_weights)
 
 
-def _summed(y: Array, axes: tuple[str, ...], by_sequence: tuple[str, ...]) -> Array:
+_linear.defvjp(lambda plan, x, weights: (_linear(plan, x, weights), (x, weights)), _linear_backward)
+
+
+def _summed(y: Array, scattered: tuple[str, ...], axes: tuple[str, ...]) -> Array:
     """The sum over devices that each had a part of what was contracted, each keeping its part of the sequence."""
-    if not axes:
-        return y
-    if by_sequence:
-        y = lax.psum_scatter(y, by_sequence, scatter_dimension=1, tiled=True)
-    rest = tuple(axis for axis in axes if axis not in by_sequence)
+    if scattered:
+        y = lax.psum_scatter(y, scattered, scatter_dimension=1, tiled=True)
+    rest = tuple(axis for axis in axes if axis not in scattered)
     return lax.psum(y, rest) if rest else y
 
 
 def whole(w: Array, spec: PartitionSpec, *, keep: tuple[str, ...]) -> Array:
     """A device's part of a parameter, gathered over all mesh axes but those to keep. In a ``shard_map``."""
-    kept = [tuple(axis for axis in mesh_axes(entry) if axis in keep) for entry in spec]
-    return _gathered(w, spec, kept)
+    kept = PartitionSpec(*[tuple(axis for axis in mesh_axes(entry) if axis in keep) for entry in spec])
+    return checkpoint_name(_gathered(w, spec, kept), GATHERED)
 
 
-def _gathered(w: Array, spec: PartitionSpec, kept: Sequence) -> Array:
+def _gathered(w: Array, spec: PartitionSpec, kept: PartitionSpec) -> Array:
     for dim, (entry, stay) in enumerate(zip(spec, kept, strict=True)):
         axes = tuple(axis for axis in mesh_axes(entry) if axis not in mesh_axes(stay))
         if axes and lax.axis_size(axes) > 1:
