@@ -12,9 +12,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from research.core.types import Array, UserError
+from research.models.ops import on_one_device
 
 GroupedMatmul = Literal["auto", "plain", "blocked", "ragged", "megablox"]
 BLOCK = 128
@@ -37,7 +37,7 @@ def grouped_matmul(
     elsewhere).
     """
     chosen = _chosen(implementation, platform)
-    if chosen == "megablox" and (implementation != "auto" or _on_one_device()):
+    if chosen == "megablox" and (implementation != "auto" or on_one_device()):
         return _megablox(platform != "tpu", x_MD, w_EDF, sizes_E.astype(jnp.int32))
     chosen = "ragged" if chosen == "megablox" else chosen
     if chosen == "ragged":
@@ -116,11 +116,6 @@ def _kernel(
     out = gmm(x, y, sizes_E, x.dtype, tiling, transpose_rhs=transposed, interpret=interpret)[:rows]
     inside = jnp.arange(rows) < jnp.sum(sizes_E)  # the kernel leaves the other rows as it found them
     return jnp.where(inside[:, None], out, jnp.zeros((), out.dtype))
-
-
-def _on_one_device() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or mesh.size == 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)
 
 
 def _chosen(implementation: GroupedMatmul, platform: str) -> str:

@@ -6,6 +6,7 @@ leaves out the keys that no query of the block may see, which on a CPU takes abo
 kernels for TPUs and "cudnn" those for GPUs.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from research.core.types import Array, UserError
 from research.models.blocked_attention import MASKED, blocked_attention
@@ -44,11 +46,27 @@ def linear(x: Array, *weights: Array, contract: int = 1, platform: str = "cpu") 
     apart, as the gradient of a weight does, is a third slower there, and every product more reads x once more.
     """
     if platform != "cpu":
-        dims = tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))
-        return tuple(jax.lax.dot_general(x, w, (dims, ((), ()))) for w in weights)
+        return tuple(_product(contract, x, w) for w in weights)
     leading, width = x.shape[: x.ndim - contract], math.prod(x.shape[x.ndim - contract :])
     outputs = _products(x.reshape(-1, width), tuple(w.reshape(width, -1) for w in weights))
     return tuple(y.reshape(*leading, *w.shape[contract:]) for y, w in zip(outputs, weights, strict=True))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(contract: int, x: Array, w: Array) -> Array:
+    dims = tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))
+    return jax.lax.dot_general(x, w, (dims, ((), ())))
+
+
+def _product_backward(contract: int, saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
+    gradients = jax.vjp(functools.partial(_product.fun, contract), *saved)[1](d_y)
+    if on_one_device():
+        return gradients
+    # the barrier: else whole gradients of weights wait in memory to be added up over the mesh, all those of a layer
+    return jax.lax.optimization_barrier(gradients)
+
+
+_product.defvjp(lambda contract, x, w: (_product(contract, x, w), (x, w)), _product_backward)
 
 
 def _split(x: Array, like: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -79,6 +97,12 @@ def _products_backward(
 
 
 _products.defvjp(lambda x, weights: (_products(x, weights), (x, weights)), _products_backward)
+
+
+def on_one_device() -> bool:
+    """Whether arrays are those of one device: without a mesh, and inside a fully manual ``jax.shard_map``."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)
 
 
 def mask_BTS(
