@@ -28,7 +28,9 @@ from research.models.attention import Attention
 from research.models.decoder import Decoder
 from research.models.layers import Norm
 from research.models.mlp import Mlp
+from research.models.moe import Moe
 from research.models.positions import Rotary
+from research.models.routers import TopK
 from research.objectives.next_token import NextToken
 from research.train import ahead
 from research.train.experiment import AdamW, Experiment, Steps
@@ -52,11 +54,21 @@ LLAMA_3_8B = Decoder(  # Grattafiori et al. 2024
     position=Rotary(theta=500_000.0),
     remat="full",
 )
+MIXTRAL_8X7B = Decoder(  # Jiang et al. 2024; dropless
+    vocab_size=32_000,
+    d_model=4096,
+    num_layers=32,
+    attention=Attention(num_heads=32, num_kv_heads=8),
+    mlp=Moe(8, 14_336, TopK(2)),
+    norm=Norm(eps=1e-5),
+    position=Rotary(theta=1_000_000.0),
+    remat="full",
+)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One program: a model on all chips of a topology. rows: sequences per chip."""
+    """One program: a model on all chips of a topology. rows: sequences of the whole batch."""
 
     model: Decoder
     topology: str
@@ -65,9 +77,14 @@ class Planned:
     rows: int
     length: int = 4096
 
+    @property
+    def tokens(self) -> int:
+        """Of one chip."""
+        return self.rows * self.length // self.chips
+
     def experiment(self, name: str) -> Experiment:
         source = TextSource(
-            corpus=Synthetic(), tokenizer=Bytes(), batch_size=self.rows * self.chips, sequence_length=self.length
+            corpus=Synthetic(), tokenizer=Bytes(), batch_size=self.rows, sequence_length=self.length
         )  # of the source, shapes alone are used
         return Experiment(
             name=name,
@@ -82,22 +99,33 @@ class Planned:
 
 
 def fsdp(model: Decoder, topology: str, chips: int, rows: int, length: int = 4096) -> Planned:
-    return Planned(model, topology, MeshSpec(data=1, fsdp=chips), chips, rows, length)
+    """rows: sequences per chip."""
+    return Planned(model, topology, MeshSpec(data=1, fsdp=chips), chips, rows * chips, length)
 
 
 PROGRAMS = {
     "llama2-7b-v5e-256": fsdp(LLAMA_2_7B, "v5e:16x16", 256, 1),
     "llama2-7b-v5p-128": fsdp(replace(LLAMA_2_7B, remat="save_weight_matmuls"), "v5p:4x4x4", 64, 4),
     "llama3-8b-v6e-256": fsdp(LLAMA_3_8B, "v6e:16x16", 256, 2, 8192),
+    "mixtral-8x7b-v5p-128": fsdp(MIXTRAL_8X7B, "v5p:4x4x4", 64, 4),
+}
+OTHER_MESHES = {  # the same machine: experts spread over chips, and sequences too long for one
+    "mixtral-8x7b-expert-8-v5p-128": Planned(
+        MIXTRAL_8X7B, "v5p:4x4x4", MeshSpec(data=1, fsdp=8, expert=8), chips=64, rows=256
+    ),
+    "llama3-8b-context-16-v5p-128": Planned(
+        LLAMA_3_8B, "v5p:4x4x4", MeshSpec(data=1, fsdp=4, context=16), chips=64, rows=4, length=131_072
+    ),
 }
 SMALL = {  # for a test: two layers of the first on 16 chips
     "llama2-7b-2-layers-v5e-16": fsdp(replace(LLAMA_2_7B, num_layers=2), "v5e:4x4", 16, 1),
 }
+ALL = PROGRAMS | OTHER_MESHES | SMALL
 
 
 def measure(name: str) -> dict[str, Any]:
     """Compiles one program in this process and says what it is."""
-    planned = (PROGRAMS | SMALL)[name]
+    planned = ALL[name]
     experiment = planned.experiment(name)
     begun = time.perf_counter()
     compiled = ahead.compile_step(experiment, planned.topology)
@@ -109,7 +137,7 @@ def measure(name: str) -> dict[str, Any]:
         "peak_bytes": memory.peak_memory_in_bytes,
         "state_bytes": memory.argument_size_in_bytes,
         "aliased_bytes": memory.alias_size_in_bytes,
-        "flops": experiment.flops_per_token * planned.rows * planned.length,
+        "flops": experiment.flops_per_token * planned.tokens,
         "bytes_accessed": costs["bytes accessed"],
         "traffic": program.traffic(),
         "collectives": [(c.kind, c.bytes, c.runs) for c in program.collectives()],
@@ -128,15 +156,15 @@ def run(name: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-COLUMNS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+COLUMNS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=list(PROGRAMS), help=f"among {', '.join(PROGRAMS | SMALL)}")
+    parser.add_argument("names", nargs="*", default=[*PROGRAMS, *OTHER_MESHES], help=f"among {', '.join(ALL)}")
     parser.add_argument("--here", action="store_true", help="compile in this process and print one line of JSON")
     options = parser.parse_args()
-    if unknown := set(options.names) - set(PROGRAMS | SMALL):
+    if unknown := set(options.names) - set(ALL):
         parser.error(f"there is no program {', '.join(sorted(unknown))}")
     if options.here:
         for name in options.names:

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.core import hlo, sharding
+from research.core.sharding import MeshSpec
 from research.core.tree import named_leaves
 from research.core.types import Precision
-from research.objectives.next_token import NextToken
+from research.objectives.next_token import NextToken, token_sums
 from tests import tiny
 
 PRECISION = Precision()
@@ -74,6 +76,30 @@ def test_logits_never_stand_whole():
     assert "[512,4096]" in whole.as_text() or "[8,64,4096]" in whole.as_text()
     saved = whole.memory_analysis().temp_size_in_bytes - chunked.memory_analysis().temp_size_in_bytes
     assert saved > 0.5 * logits
+
+
+def test_on_a_mesh_the_head_is_fetched_once_and_its_gradient_added_up_once():
+    """Not once for each of the four chunks of a device: no collective is run in a loop."""
+    mesh = sharding.make_mesh(MeshSpec(data=1, fsdp=4, tensor=2))
+    model, batch = tiny.MODEL, tiny.batch(rows=8, length=63)  # a length that the devices do not divide
+    params = model.shapes(PRECISION)
+    layout = sharding.tree_shardings(mesh, params, model.logical_axes())
+    params = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), params, layout)
+    hidden = jax.ShapeDtypeStruct(
+        (8, 63, model.d_model), jnp.float32, sharding=sharding.named_sharding(mesh, ("batch", "sequence", None))
+    )
+
+    def loss(params, hidden):
+        head = model.bind(params, {}, PRECISION).head()
+        return token_sums(head, hidden, batch["targets"], batch["weights"], chunk=16).loss
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, hidden).compile().as_text()
+    found = hlo.Program(text).collectives()
+    assert all(c.runs == 1 for c in found)
+    head_bytes, hidden_bytes = 4 * model.d_model * model.vocab_size, 4 * 2 * 64 * model.d_model
+    assert sum(c.bytes for c in found if c.kind == "all-gather") <= 1.5 * head_bytes + 2 * hidden_bytes
+    assert sum(c.bytes for c in found if c.kind in ("all-reduce", "reduce-scatter")) < 1.6 * head_bytes
 
 
 def test_tokens_without_weight_do_not_count():
