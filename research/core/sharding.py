@@ -102,10 +102,7 @@ def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
     devices = list(jax.devices() if devices is None else devices)
     sizes = spec.shape(len(devices))
     devices = devices[: math.prod(sizes.values())]
-    axis_types = (AxisType.Auto,) * len(sizes)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
     if sizes["data"] % slices:
         raise MeshError(
             f"{slices} slices are joined along data, and data={sizes['data']} is no multiple of {slices}: choose "
@@ -115,8 +112,12 @@ def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
 
     inside = {**sizes, "data": sizes["data"] // slices}
     across = {name: slices if name == "data" else 1 for name in sizes}
-    grid = mesh_utils.create_hybrid_device_mesh(tuple(inside.values()), tuple(across.values()), devices)
-    return Mesh(grid, tuple(sizes), axis_types=axis_types)
+    split = dict(allow_split_physical_axes=True)  # 8 x 8 chips of a torus of 4 x 4 x 4
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, **split)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(tuple(inside.values()), tuple(across.values()), devices, **split)
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def partition_spec(axes: Axes, *, without: tuple[str, ...] = ()) -> PartitionSpec:

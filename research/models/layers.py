@@ -12,11 +12,13 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from research.core.sharding import Axes
 from research.core.types import Array, Precision
 from research.models import sharded
 
+PRODUCT = "weight_product"  # what a choice of what to recompute knows products with weights by
 Initializer = Callable[..., Array]
 
 
@@ -82,7 +84,10 @@ def project(x: Array, *layers: Linear) -> list[Array]:
     weights = [layer.w.astype(dtype) for layer in layers]
     axes = [layer.axes for layer in layers]
     contract = len(first.in_shape)
-    return sharded.linear(x.astype(dtype), weights, axes, contract=contract, platform=first.platform, taken=first.taken)
+    found = sharded.linear(
+        x.astype(dtype), weights, axes, contract=contract, platform=first.platform, taken=first.taken
+    )
+    return [checkpoint_name(y, PRODUCT) for y in found]
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from research.core.sharding import constrain
 from research.core.types import Array, Metrics, Params, Term, UserError, WeightedSum
 from research.models import expert_parallel, ring_attention, sharded
 from research.models.grouped_matmul import GroupedMatmul, alignment, grouped_matmul
-from research.models.layers import Build, param
+from research.models.layers import PRODUCT, Build, param
 from research.models.mlp import Activation, Mlp, activated, is_gated
 from research.models.routers import Group, RouterKind, Routing, TopK, capacity
 from research.models.tokens import Tokens
@@ -132,9 +133,8 @@ class _Moe(nn.Module):
 
     def _sorted(self, x_MD: Array, sizes_E: Array, weights: tuple[Array, ...]) -> Array:
         def product(x: Array, w: Array) -> Array:
-            return grouped_matmul(
-                x, w, sizes_E, platform=self.build.platform, implementation=self.config.implementation
-            )
+            kind = dict(platform=self.build.platform, implementation=self.config.implementation)
+            return checkpoint_name(grouped_matmul(x, w, sizes_E, **kind), PRODUCT)
 
         *into, down = weights
         if self.build.platform == "cpu":  # as in ``ops.linear``: one product costs less there than two
@@ -145,8 +145,9 @@ class _Moe(nn.Module):
 
     def _buffered(self, x_GECD: Array, weights: tuple[Array, ...]) -> Array:
         *into, down = weights
-        inner = activated(self.config.activation, [jnp.einsum("GECD,EDF->GECF", x_GECD, w) for w in into])
-        return jnp.einsum("GECF,EFD->GECD", inner, down)
+        inner = [checkpoint_name(jnp.einsum("GECD,EDF->GECF", x_GECD, w), PRODUCT) for w in into]
+        y_GECD = jnp.einsum("GECF,EFD->GECD", activated(self.config.activation, inner), down)
+        return checkpoint_name(y_GECD, PRODUCT)
 
 
 def _each(init: Any) -> Any:

@@ -11,32 +11,25 @@ from research.core.sharding import constrain
 from research.core.types import Array, Params
 from research.models.attention import Attention
 from research.models.cache import LayerCache
-from research.models.layers import Build, Norm
+from research.models.layers import PRODUCT, Build, Norm
 from research.models.mlp import Mlp
 from research.models.moe import Moe
 from research.models.pipeline import WEIGHTS, Layer
 from research.models.tokens import Tokens
 
 Remat = Literal["none", "full", "save_matmuls", "save_weight_matmuls"]
+_policies = jax.checkpoint_policies
+_by_weights = _policies.save_only_these_names(PRODUCT)
 POLICIES: dict[str, Any] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "save_matmuls": jax.checkpoint_policies.dots_saveable,
-    "save_weight_matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _policies.nothing_saveable,
+    "save_matmuls": _policies.save_from_both_policies(_policies.dots_saveable, _by_weights),
+    "save_weight_matmuls": _by_weights,
 }
 
 
 def stage_policy(remat: Remat) -> Any:
-    """The same choice for a pipeline's stages: their weights are never kept a tick, and a product with weights has
-    one batch dimension, the stages."""
-    if remat == "none":
-        return jax.checkpoint_policies.save_anything_except_these_names(WEIGHTS)
-    if remat != "save_weight_matmuls":
-        return POLICIES[remat]
-
-    def by_weights(primitive: Any, *_: Any, **settings: Any) -> bool:
-        return primitive.name == "dot_general" and len(settings["dimension_numbers"][1][0]) <= 1
-
-    return by_weights
+    """The same choice for a pipeline's stages, whose weights are never kept for a tick."""
+    return _policies.save_anything_except_these_names(WEIGHTS) if remat == "none" else POLICIES[remat]
 
 
 class Block(nn.Module):

@@ -132,7 +132,10 @@ def test_remat_recomputes():
         return step.lower(params).compile().cost_analysis()["flops"]
 
     base = replace(tiny.MODEL, layers="unrolled")
-    assert flops(base) < flops(replace(base, remat="full"))
+    kept, whole = flops(base), flops(replace(base, remat="full"))
+    assert kept < whole
+    # attention alone is formed again: its share of the forward pass is small here
+    assert flops(replace(base, remat="save_weight_matmuls")) - kept < 0.4 * (whole - kept)
 
 
 def test_every_parameter_has_logical_axes(model):
