@@ -8,7 +8,6 @@ these calls is made by all, in the same order: one that is left out makes the ot
 import contextlib
 import functools
 import json
-import os
 import sys
 import traceback
 import uuid
@@ -120,14 +119,14 @@ def same_folder(folder: Path) -> bool:
 
     def leave_a_mark() -> str:
         folder.mkdir(parents=True, exist_ok=True)
-        mark = folder / f".{uuid.uuid4().hex}.host"
-        mark.touch()
-        return str(mark)
+        name = f".{uuid.uuid4().hex}.host"
+        (folder / name).touch()
+        return name
 
-    mark = from_first(leave_a_mark)
-    seen = all(gathered("seen" if os.path.exists(mark) else ""))
+    mark = folder / from_first(leave_a_mark)  # the path as this process sees it
+    seen = all(gathered("seen" if mark.exists() else ""))
     if first():
-        os.unlink(mark)
+        mark.unlink()
     return seen
 
 

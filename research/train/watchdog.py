@@ -37,8 +37,8 @@ class Watchdog:
         cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
         print(
             f"{cursor}\nlab: error: {self.name} made no progress for {minutes:.3g} minutes and was ended: it waited "
-            f"for {self._what}. See whether another host, the data or a disk hangs; the same command goes on from "
-            "the last checkpoint (--stall-minutes for another limit).",
+            f"for {self._what}. See whether another host, the data or a disk hangs; the same command goes on from the "
+            "last checkpoint (--stall-minutes for another limit).",
             file=sys.stderr,
         )
         sys.stdout.flush()

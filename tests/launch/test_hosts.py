@@ -23,12 +23,12 @@ from tests.conftest import ROOT
 from tests.launch import hosts_study
 from tests.train.test_loop import interrupted_after
 
-pytestmark = pytest.mark.slow
 STUDY = str(ROOT / "tests" / "launch" / "hosts_study.py")
 
 
 def start(runs, cache, *words, devices=4, different=()):
-    """The same ``lab`` command on two hosts; ``different``: words that only the second one gets."""
+    """The same ``lab`` command on two hosts. runs, cache: one folder, or one for each host. different: words that only
+    the second one gets."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -36,22 +36,14 @@ def start(runs, cache, *words, devices=4, different=()):
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # quick compilation
-        "LAB_CACHE": str(cache),
         "PYTHONPATH": str(ROOT),
     }
     hosts = []
     for host in range(2):
+        folder, environment["LAB_CACHE"] = (str(x[host] if isinstance(x, tuple) else x) for x in (runs, cache))
         where = ("--coordinator", f"localhost:{port}", "--hosts", "2", "--host", str(host))
-        command = [
-            sys.executable,
-            "-m",
-            "launch.cli",
-            "--runs",
-            str(runs),
-            *words,
-            *where,
-            *(different if host else ()),
-        ]
+        words_here = (*words, *where, *(different if host else ()))
+        command = [sys.executable, "-m", "launch.cli", "--runs", folder, *words_here]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         hosts.append(subprocess.Popen(command, env=environment, cwd=ROOT, **pipes))
     return hosts
@@ -103,33 +95,49 @@ def assert_same_params(directory, other):
         assert off < 1e-5, (name, off)
 
 
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, cache_dir):
+    """A sweep on two hosts over both meshes, after a run that diverges: its folder, and what each host printed."""
+    runs = tmp_path_factory.mktemp("swept")
+    printed = finish(start(runs, cache_dir, "sweep", STUDY + ":with_a_wild_one"), codes=(1, 1))
+    return runs / "hosts_study-with_a_wild_one", printed
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", hosts_study.MESHES)
-def test_two_hosts_compute_what_one_does(alone, tmp_path, cache_dir, name):
-    printed = finish(start(tmp_path, cache_dir, "run", STUDY, "--only", name))
-    directory = tmp_path / "hosts_study" / name
+def test_two_hosts_compute_what_one_does(alone, swept, name):
+    directory = swept[0] / name
     assert_same_losses(directory, alone(name))
     assert_same_params(directory, alone(name))
-    assert f"{name}: loss" in printed[0] and f"{name}: loss" not in printed[1]  # one speaks
-    (line,) = (directory / "provenance.jsonl").read_text().splitlines()  # and writes
-    assert json.loads(line)["processes"] == 2 and len(list((directory / "tensorboard").iterdir())) == 1
     assert json.loads((directory / "result.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.slow
+def test_one_host_writes_and_speaks(swept):
+    directory, printed = swept
+    (line,) = (directory / "mixed" / "provenance.jsonl").read_text().splitlines()
+    assert json.loads(line)["processes"] == 2 and len(list((directory / "mixed" / "tensorboard").iterdir())) == 1
+    assert "2 of 3 runs finished" in printed[0] and "[1/3] wild: The " in printed[0] and "[1/3]" not in printed[1]
+    assert json.loads((directory / "wild" / "failure.json").read_text())["status"] == "diverged"
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_host_makes_both_save_and_one_goes_on(tmp_path, cache_dir):
-    directory = tmp_path / "hosts_study-long" / "data"
-    hosts = start(tmp_path, cache_dir, "run", STUDY + ":long", "--only", "data")
+    directory = tmp_path / "hosts_study-long" / "mixed"
+    hosts = start(tmp_path, cache_dir, "run", STUDY + ":long", "--only", "mixed")
     while not any(line["step"] >= 5 for line in metrics.read(directory)) and hosts[0].poll() is None:
         time.sleep(0.01)
     hosts[1].send_signal(signal.SIGTERM)
     printed = finish(hosts, codes=(128 + signal.SIGTERM,) * 2)
     (*_, saved) = checkpoint.steps(directory)
     assert all(f"it is saved at step {saved};" in text for text in printed) and 5 <= saved < 120
-    experiment, options = hosts_study.long()["data"], loop.Options(cache_dir=cache_dir)
+    experiment, options = hosts_study.long()["mixed"], loop.Options(cache_dir=cache_dir)
     loop.run(replace(experiment, mesh=MeshSpec(data=1, fsdp=4, tensor=2)), directory, options)
     loop.run(experiment, tmp_path / "alone", options)
     assert_same_losses(directory, tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_two_hosts_go_on_where_one_stopped(alone, tmp_path, cache_dir):
     directory = tmp_path / "hosts_study" / "mixed"
     interrupted_after(hosts_study.sweep()["data"], directory, cache_dir, step=4)
@@ -141,13 +149,7 @@ def test_two_hosts_go_on_where_one_stopped(alone, tmp_path, cache_dir):
     assert_same_params(directory, alone("mixed"))
 
 
-def test_a_sweep_of_two_hosts_goes_on_after_a_run_that_diverged(tmp_path, cache_dir):
-    printed = finish(start(tmp_path, cache_dir, "sweep", STUDY + ":diverging"), codes=(1, 1))
-    assert "1 of 2 runs finished" in printed[0] and "wild: The " in printed[0] and "runs finished" not in printed[1]
-    failure = json.loads((tmp_path / "hosts_study-diverging" / "wild" / "failure.json").read_text())
-    assert failure["status"] == "diverged"
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("different", "words"),
     [
@@ -158,3 +160,22 @@ def test_a_sweep_of_two_hosts_goes_on_after_a_run_that_diverged(tmp_path, cache_
 def test_hosts_that_do_not_agree_end_with_one_sentence(tmp_path, cache_dir, different, words):
     printed = finish(start(tmp_path, cache_dir, "run", STUDY, "--only", "data", different=different), codes=(2, 2))
     assert all(words in text for text in printed), printed
+
+
+@pytest.mark.slow
+def test_a_folder_of_runs_that_is_not_shared_is_refused(tmp_path, cache_dir):
+    folders = (tmp_path / "a", tmp_path / "b")  # caches need not be: each host fills its own
+    printed = finish(start(folders, folders, "run", STUDY, "--only", "mixed"), codes=(2, 2))
+    assert all("is not the same folder on all 2 hosts" in text for text in printed), printed
+    tokens = [{path.relative_to(f) for path in f.rglob("tokens/*")} for f in folders]
+    assert tokens[0] == tokens[1] != set()
+
+
+@pytest.mark.verify
+def test_a_host_that_dies_ends_the_other(tmp_path, cache_dir):
+    hosts = start(tmp_path, cache_dir, "run", STUDY + ":long", "--only", "mixed")
+    while not metrics.read(tmp_path / "hosts_study-long" / "mixed") and hosts[0].poll() is None:
+        time.sleep(0.01)
+    hosts[1].kill()
+    printed = finish(hosts, codes=(1, -signal.SIGKILL))
+    assert "Connection closed by peer" in printed[0]
