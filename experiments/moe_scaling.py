@@ -46,5 +46,5 @@ def smallest() -> dict[str, Experiment]:
 def analyze(runs: Table, out: Path) -> None:
     from research.scaling.effective_report import write_effective  # here: training needs no drawing
 
-    found = write_effective(runs, out, title=f"Experts on {type(quickstart.CORPUS).__name__}")
+    found = write_effective(runs, out, title=f"Experts against dense decoders on {type(quickstart.CORPUS).__name__}")
     print("\n".join(found.sentences))

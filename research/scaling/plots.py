@@ -177,7 +177,7 @@ def optimal_size(
     )
     axes.set_xlim(grid[0] / 1.3, grid[-1])
     axes.set_title("Compute-optimal model size")
-    _plain_sizes(axes)
+    _plain_sizes(axes.yaxis)
     axes.legend(loc="upper left")
 
 
@@ -262,7 +262,7 @@ def effective_size(axes: Any, *, found: Comparison) -> None:
         xscale="log", yscale="log", xlim=ends, xlabel="active parameters", ylabel="effective dense size (parameters)"
     )
     axes.set_title("What a dense model of equal loss on the same tokens would have")
-    _plain_sizes(axes)
+    _plain_sizes(axes.xaxis, axes.yaxis)
     axes.legend(loc="upper left")
 
 
@@ -309,12 +309,14 @@ def _log_loss(axes: Any, losses: Sequence[float], *, both: bool = False) -> None
         axes.set_ylim(low, high)
 
 
-def _plain_sizes(axes: Any) -> None:
+def _plain_sizes(*sides: Any) -> None:
+    """Counts as plain words, 1, 2 and 5 of each power of ten, on axes of sizes."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    for axis in sides:
+        axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _size_label(parameters: ParameterCount) -> str:
