@@ -25,7 +25,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 @dataclass(frozen=True)
 class Collective:
     """bytes: of one run on one device, at its larger end: what an all-gather gives, what a reduce-scatter takes, the
-    array of the others. runs: how often the program does it."""
+    array of the others, the smaller of a ragged one's two. runs: how often the program does it."""
 
     kind: str
     bytes: int
@@ -109,10 +109,12 @@ class Program:
         return opcode if opcode in KINDS else None
 
     def _bytes(self, kind: str, instruction: _Instruction, place: str) -> int:
-        if kind != "reduce-scatter":
+        if kind not in ("reduce-scatter", "ragged-all-to-all"):
             return size(instruction.type)
-        operands = (self.computations[place].get(name) for name in instruction.operands)
-        return sum(size(operand.type) for operand in operands if operand is not None)
+        operands = [self.computations[place].get(name) for name in instruction.operands]
+        sizes = [size(operand.type) for operand in operands if operand is not None]
+        # what there is to send at most; the room for it may be larger on one side
+        return sum(sizes) if kind == "reduce-scatter" else min(size(instruction.type), *sizes[:1])
 
     def _walk(self, place: str, runs: int, frame: str) -> Iterator[tuple[str, str, _Instruction, int]]:
         """(loop body, computation, instruction, how often it is run), through loops, fusions and calls."""

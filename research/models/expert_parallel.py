@@ -80,8 +80,12 @@ def run(layer: Layer, x_BTD: Array, routing: Routing, weights: Weights, *, taken
             return lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True)
         return lax.psum(y_BTD, "tensor")
 
-    # gathered weights are gathered again in the backward pass, never kept
-    local = jax.checkpoint(local, policy=jax.checkpoint_policies.save_anything_except_these_names(sharded.GATHERED))
+    # gathered weights are gathered again in the backward pass, never kept; of an exchange nothing is kept, for its
+    # arrays have room for the worst case
+    policy = jax.checkpoint_policies.save_anything_except_these_names(sharded.GATHERED)
+    if mesh[AXIS] > 1 and not layer.capacity:
+        policy = jax.checkpoint_policies.nothing_saveable
+    local = jax.checkpoint(local, policy=policy)
     in_specs = (row, each, (each,) * 3, *specs)
     return jax.shard_map(local, in_specs=in_specs, out_specs=row, check_vma=False)(x_BTD, gate, where, *weights)
 
