@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several hosts agree on, as far as one process can tell; ``tests/launch/test_hosts.py`` has two."""
+"""What several hosts agree on, as far as one process can tell; ``tests/launch/test_two_hosts.py`` has two."""
 
 from types import SimpleNamespace
 
