@@ -92,7 +92,7 @@ def _sentence(error: Exception | None) -> str:
     if error is None:
         return ""
     if isinstance(error, UserError | OSError):
-        return str(error)
+        return str(error) or type(error).__name__
     traceback.print_exception(error, file=sys.stderr)  # only its text reaches the others
     return " ".join(f"{type(error).__name__}: {error}".split())[:1000]
 
