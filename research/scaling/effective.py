@@ -101,8 +101,8 @@ def _sentence(rung: Rung, found: Worth) -> str:
     gain = rung.gain(run.experts)
     return (
         f"At {rung.flops:.3g} FLOPs the best model with {run.experts} experts ({run.name}) ends at {run.loss:.4f}, "
-        f"{abs(gain):.4f} {'below' if gain > 0 else 'above'} the best dense one ({dense.name}, {dense.loss:.4f}). It is "
-        f"{size}{compute}."
+        f"{abs(gain):.4f} {'below' if gain > 0 else 'above'} the best dense one ({dense.name}, {dense.loss:.4f}). "
+        f"It is {size}{compute}."
     )
 
 
