@@ -16,6 +16,7 @@ from research.train.experiment import Experiment
 KINDS = (0, 8, 16)  # experts of a layer
 CHOSEN = 2
 WIDTHS = {2e11: (24, 32, 48), 6.3e11: (32, 48, 64), 2e12: (48, 64, 96)}  # around the optimum of each budget (FLOPs)
+DENSE = {2e11: (16, 64), 6.3e11: (24, 96), 2e12: (32, 128)}  # besides: a law of three sizes a budget is a loose one
 
 
 def model(d_model: int, *, experts: int) -> Decoder:
@@ -24,23 +25,27 @@ def model(d_model: int, *, experts: int) -> Decoder:
     return replace(dense, mlp=Moe(experts, dense.mlp.d_ff // CHOSEN, TopK(CHOSEN))) if experts else dense
 
 
-def study(widths: Mapping[float, tuple[int, ...]], *, min_steps: int) -> dict[str, Experiment]:
-    """Every kind at every width of every budget, settings as the quickstart has them."""
+Widths = Mapping[float, tuple[int, ...]]
+
+
+def study(widths: Widths, *, dense: Widths, min_steps: int) -> dict[str, Experiment]:
+    """Every kind at every width of every budget, and dense models of some more; settings as the quickstart has them."""
     found = {}
     for budget, sizes in widths.items():
         models = {f"{f'e{n}' if n else 'dense'}-w{width}": model(width, experts=n) for n in KINDS for width in sizes}
+        models |= {f"dense-w{width}": model(width, experts=0) for width in dense.get(budget, ())}
         adjust, base = quickstart.rate, quickstart.base()
         found |= ladder.isoflop(base, models=models, budgets=(budget,), adjust=adjust, min_steps=min_steps)
     return found
 
 
 def sweep() -> dict[str, Experiment]:
-    return study(WIDTHS, min_steps=400)
+    return study(WIDTHS, dense=DENSE, min_steps=400)
 
 
 def smallest() -> dict[str, Experiment]:
     """The same study in under a minute: it shows that all of it works, not what experts are worth."""
-    return study({6e9: (8, 12, 16), 1.2e10: (8, 12, 16)}, min_steps=40)
+    return study({6e9: (8, 12, 16), 1.2e10: (8, 12, 16)}, dense={}, min_steps=40)
 
 
 def analyze(runs: Table, out: Path) -> None:

@@ -98,9 +98,11 @@ def _sentence(rung: Rung, found: Worth) -> str:
     compute = (
         "" if found.times_flops is None else f"; dense models would need {found.times_flops:.2f} times the compute"
     )
+    gain = rung.gain(run.experts)
     return (
-        f"At {rung.flops:.3g} FLOPs the best model with {run.experts} experts ({run.name}) ends at {run.loss:.4f}, the "
-        f"best dense one ({dense.name}) at {dense.loss:.4f}: {rung.gain(run.experts):+.4f}. It is {size}{compute}."
+        f"At {rung.flops:.3g} FLOPs the best model with {run.experts} experts ({run.name}) ends at {run.loss:.4f}, "
+        f"{abs(gain):.4f} {'below' if gain > 0 else 'above'} the best dense one ({dense.name}, {dense.loss:.4f}). "
+        f"It is {size}{compute}."
     )
 
 

@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study of experts as it is written: each run within its budget, kinds of equal cost; and once in small."""
+"""The study of experts as it is written: each run within its budget, kinds of equal cost; what it concludes."""
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from experiments import moe_scaling
-from launch import cli
+from launch import collect
+from launch.study import Study
 from research.scaling import cost
-from tests.conftest import ROOT
+from research.scaling.laws import Chinchilla
+from research.scaling.table import Table
 
 RUNS = moe_scaling.sweep()
+LAW = Chinchilla(E=1.2, A=25.0, B=120.0, alpha=0.35, beta=0.38)
 
 
 def test_every_kind_at_every_size_of_three_budgets():
     budgets = {experiment.length.count for experiment in RUNS.values()}
-    assert len(budgets) == 3 and max(budgets) >= 10 * min(budgets) and len(RUNS) == 27
+    assert len(budgets) == 3 and max(budgets) >= 10 * min(budgets) and len(RUNS) == 33
     assert {cost.experts(experiment.model) for experiment in RUNS.values()} == {0, 8, 16}
 
 
@@ -31,7 +35,7 @@ def test_a_run_costs_its_budget_within_one_percent(name):
     assert RUNS[name].flops == pytest.approx(RUNS[name].length.count, rel=0.01)
 
 
-@pytest.mark.parametrize("width", sorted({experiment.model.d_model for experiment in RUNS.values()}))
+@pytest.mark.parametrize("width", sorted(set().union(*moe_scaling.WIDTHS.values())))
 def test_a_token_costs_the_same_in_every_kind_but_for_the_router(width):
     dense, *others = (moe_scaling.model(width, experts=kind) for kind in moe_scaling.KINDS)
     for other in others:
@@ -49,15 +53,22 @@ def test_the_docstring_names_question_command_hardware_and_expected_numbers():
     assert re.search(r"loss \d\.\d+", parts["Expect"])
 
 
-@pytest.mark.slow
-def test_the_smallest_study_runs_and_concludes(tmp_path, cache_dir, monkeypatch, capsys):
-    monkeypatch.setenv("LAB_CACHE", str(cache_dir))
-    monkeypatch.chdir(ROOT)
-    assert cli.main(["--runs", str(tmp_path), "sweep", "experiments/moe_scaling.py:smallest"]) == 0
-    out = tmp_path / "moe_scaling-smallest"
-    record = json.loads((out / "effective.json").read_text())
-    assert len(record["worth"]) == 12 and len(record["dense"]) == 6 and not record["excluded"]
-    assert {run["experts"] for run in record["worth"]} == {8, 16}
-    assert all(run["active_params"] < run["params"] for run in record["worth"])
+def test_the_smallest_study_costs_under_a_twentieth():
+    small, whole = (sum(e.flops for e in runs.values()) for runs in (moe_scaling.smallest(), RUNS))
+    assert small < 0.05 * whole
+
+
+@pytest.mark.parametrize("study", [moe_scaling.sweep, moe_scaling.smallest])
+def test_finished_runs_lead_to_a_conclusion(study, tmp_path, capsys):
+    """Runs as the launcher gathers them, with losses as if an expert model were worth twice its active size."""
+    found = []
+    for run in collect.table(Study("moe", "moe_scaling", study(), None), tmp_path):
+        size = run.active * (2 if run.experts else 1)
+        loss = float(LAW.loss(params=size, tokens=run.tokens))
+        found.append(replace(run, status="finished", loss=loss, bits_per_byte=loss))
+    moe_scaling.analyze(Table(tuple(found)), tmp_path)
+    record = json.loads((tmp_path / "effective.json").read_text())
+    assert len(record["worth"]) + len(record["dense"]) == len(found) and record["experts_win"]
+    assert all(run["times"] == pytest.approx(2, rel=0.02) for run in record["worth"])
     assert "At the largest budget" in capsys.readouterr().out
-    assert all((out / name).stat().st_size for name in ("report.html", "moe_scaling.png", "table.csv"))
+    assert all((tmp_path / name).stat().st_size for name in ("report.html", "moe_scaling.png", "table.csv"))
