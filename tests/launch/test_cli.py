@@ -43,7 +43,7 @@ MISTAKES = {
     "no checkpoint": (["sample", "nowhere", "--prompt", "a"], "holds no checkpoint"),
     "batch and mesh": (
         ["run", STUDY, "--only", "tiny", "--set", "source.batch_size=6"],
-        "choose a batch size",
+        "choose a multiple of 8",
     ),
     "length": (["run", STUDY, "--only", "tiny", "--set", "source.sequence_length=0"], "at least 1"),
     "a number out of range": (["list", STUDY, "--set", "optimizer.b1=2"], "below 1"),
