@@ -200,7 +200,8 @@ class _Decoder(nn.Module):
         if isinstance(c.position, Learned):
             axes = ("position", "embed")
             self.position = Embedding(c.position.max_length, c.d_model, axes, init, self.precision)
-        self.parts = Build(c.d_model, c.num_layers, c.weight_init, self.precision, self.platform)
+        keep = c.remat != "full"
+        self.parts = Build(c.d_model, c.num_layers, c.weight_init, self.precision, self.platform, keep=keep)
         parts = dict(attention=c.attention, norm=c.norm, build=self.parts, layers=c.layers, remat=c.remat)
         if c.first:
             self.first = stack(mlps=c.first[:1], repeats=len(c.first), **parts)

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from research.core import sharding
 from research.core.types import Array
 from research.models import dispatch, sharded
+from research.models.layers import PRODUCT
 from research.models.routers import Routing
 
 AXIS = "expert"
@@ -29,7 +30,8 @@ class Layer(NamedTuple):
 
     sorted: (rows [M, D] sorted by expert, group sizes [E], weights) -> [M, D]. buffered: ([G, E, C, D], weights) ->
     the same shape. capacity: slots of an expert's buffer in a group, 0 for sorted rows. by_token: a routing's
-    assignments are k for each token, in order. align: what group sizes are padded to.
+    assignments are k for each token, in order. align: what group sizes are padded to. keep: whether the products may
+    be kept for the backward pass.
     """
 
     num_experts: int
@@ -39,6 +41,7 @@ class Layer(NamedTuple):
     by_token: bool
     align: int
     platform: str
+    keep: bool = True
 
 
 def run(layer: Layer, x_BTD: Array, routing: Routing, weights: Weights, *, taken: tuple[str, ...] = ()) -> Array:
@@ -80,11 +83,10 @@ def run(layer: Layer, x_BTD: Array, routing: Routing, weights: Weights, *, taken
             return lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True)
         return lax.psum(y_BTD, "tensor")
 
-    # gathered weights are gathered again in the backward pass, never kept; of an exchange nothing is kept, for its
-    # arrays have room for the worst case
-    policy = jax.checkpoint_policies.save_anything_except_these_names(sharded.GATHERED)
-    if mesh[AXIS] > 1 and not layer.capacity:
-        policy = jax.checkpoint_policies.nothing_saveable
+    # gathered weights are never kept for the backward pass, nor is anything of an exchange, for its arrays have room
+    # for the worst case
+    exchanged = mesh[AXIS] > 1 and not layer.capacity
+    policy = jax.checkpoint_policies.save_only_these_names(*([] if exchanged or not layer.keep else [PRODUCT]))
     local = jax.checkpoint(local, policy=policy)
     in_specs = (row, each, (each,) * 3, *specs)
     return jax.shard_map(local, in_specs=in_specs, out_specs=row, check_vma=False)(x_BTD, gate, where, *weights)

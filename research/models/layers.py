@@ -92,7 +92,10 @@ def project(x: Array, *layers: Linear) -> list[Array]:
 
 @dataclass(frozen=True)
 class Build:
-    """What every part of a model is built with. taken: mesh axes that a ``vmap`` around it has taken."""
+    """What every part of a model is built with.
+
+    taken: mesh axes that a ``vmap`` around it has taken. keep: whether products may be kept for the backward pass.
+    """
 
     d_model: int
     num_layers: int
@@ -100,6 +103,7 @@ class Build:
     precision: Precision
     platform: str = "cpu"
     taken: tuple[str, ...] = ()
+    keep: bool = True
 
     def linear(
         self, name: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...], axes: Axes, *, residual: bool = False

@@ -84,6 +84,7 @@ class _Moe(nn.Module):
             by_token=config.router.by_token,
             align=alignment(self.build.platform, config.implementation),
             platform=self.build.platform,
+            keep=self.build.keep,
         )
         weights = self._weights(dtype)
         y_BTD = expert_parallel.run(layer, x_BTD.astype(dtype), routing, weights, taken=self.build.taken)

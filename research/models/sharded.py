@@ -16,15 +16,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from research.core import sharding
 from research.core.sharding import Axes, mesh_axes
 from research.core.types import Array
 from research.models import ops
-
-GATHERED = "gathered"
 
 
 def linear(
@@ -169,7 +166,7 @@ def _summed(y: Array, scattered: tuple[str, ...], axes: tuple[str, ...]) -> Arra
 def whole(w: Array, spec: PartitionSpec, *, keep: tuple[str, ...]) -> Array:
     """A device's part of a parameter, gathered over all mesh axes but those to keep. In a ``shard_map``."""
     kept = PartitionSpec(*[tuple(axis for axis in mesh_axes(entry) if axis in keep) for entry in spec])
-    return checkpoint_name(_gathered(w, spec, kept), GATHERED)
+    return _gathered(w, spec, kept)
 
 
 def _gathered(w: Array, spec: PartitionSpec, kept: PartitionSpec) -> Array:
