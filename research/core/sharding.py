@@ -46,7 +46,6 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "act_embed": (),
     "act_mlp": ("tensor",),
     "act_heads": ("tensor",),
-    "act_vocab": ("tensor", "stage"),
 }
 
 
