@@ -1,5 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts against dense decoders at equal training compute."""
+"""Experts against dense decoders: the loss for the same training compute, on the Python standard library's source.
+
+Question:  How large a dense model is a model with 8 or 16 experts worth, at equal active training FLOPs (effective
+           parameter count; Clark et al. 2022)? A token goes through two experts of half the dense inner width
+           each: top-2 as in Lepikhin et al. 2020 and Jiang et al. 2024, half the width so that a token costs what
+           it costs in the dense model, but for the router (granularity 2; Krajewski et al. 2024). Dropless, balance
+           loss 0.01; everything else as the quickstart has it, whose learning rates were found for dense models.
+Command:   lab sweep experiments/moe_scaling.py
+Hardware:  two CPU cores, 25 minutes.
+Expect:    on the text with the content hash b5d113dbea4700018f5ca73d (Python 3.11.7, 12,118,641 bytes) at 2e12 FLOPs:
+           loss 2.280 nats per token for the best dense model, 2.191 with 8 experts, 2.159 with 16; worth 2.1 and 2.9
+           times their active parameters (1.4 and 1.6 at 2e11 FLOPs). Single losses move by half a percent.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -44,7 +56,7 @@ def sweep() -> dict[str, Experiment]:
 
 
 def smallest() -> dict[str, Experiment]:
-    """The same study in under a minute: it shows that all of it works, not what experts are worth."""
+    """The same study in a minute or two: it shows that all of it works, not what experts are worth."""
     return study({6e9: (8, 12, 16), 1.2e10: (8, 12, 16)}, dense={}, min_steps=40)
 
 
