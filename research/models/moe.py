@@ -5,7 +5,6 @@ The parts are in rooms of their own: ``routers`` choose, ``expert_parallel`` mov
 ``dispatch`` on one, ``grouped_matmul`` multiplies.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -143,20 +142,12 @@ class _Moe(nn.Module):
             inner = jnp.split(product(x_MD, jnp.concatenate(into, axis=-1)), len(into), axis=-1)
         else:
             inner = [product(x_MD, w) for w in into]
-        return product(self._activated(inner), down)
-
-    def _activated(self, inner: list[Array]) -> Array:
-        activate = functools.partial(activated, self.config.activation)
-        if (
-            self.build.platform != "cpu"
-        ):  # formed again with its gradient, not kept in several parts
-            activate = jax.checkpoint(activate, prevent_cse=False)
-        return activate(inner)
+        return product(activated(self.config.activation, inner), down)
 
     def _buffered(self, x_GECD: Array, weights: tuple[Array, ...]) -> Array:
         *into, down = weights
         inner = [checkpoint_name(jnp.einsum("GECD,EDF->GECF", x_GECD, w), PRODUCT) for w in into]
-        y_GECD = jnp.einsum("GECF,EFD->GECD", self._activated(inner), down)
+        y_GECD = jnp.einsum("GECF,EFD->GECD", activated(self.config.activation, inner), down)
         return checkpoint_name(y_GECD, PRODUCT)
 
 

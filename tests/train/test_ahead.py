@@ -91,7 +91,7 @@ def check(name):
 @needs_compiler
 @pytest.mark.slow
 def test_two_layers_on_sixteen_chips():
-    assert check("llama2-7b-2-layers-v5e-16")["peak_bytes"] < 1.6 * 2**30
+    assert check("llama2-7b-2-layers-v5e-16")["peak_bytes"] < 1.75 * 2**30
 
 
 @needs_compiler
