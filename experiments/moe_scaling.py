@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts against dense decoders: the loss for the same training compute, on the Python standard library's source.
 
-Question:  How large a dense model is a model with 8 or 16 experts worth, at equal active training FLOPs (effective
-           parameter count; Clark et al. 2022)? A token goes through two experts of half the dense inner width
+Question:  How large a dense model is a model with 8 or 16 experts worth, at equal active training FLOPs? (Effective
+           parameter count; Clark et al. 2022.) A token goes through two experts of half the dense inner width
            each: top-2 as in Lepikhin et al. 2020 and Jiang et al. 2024, half the width so that a token costs what
            it costs in the dense model, but for the router (granularity 2; Krajewski et al. 2024). Dropless, balance
            loss 0.01; everything else as the quickstart has it, whose learning rates were found for dense models.
