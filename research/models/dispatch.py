@@ -9,8 +9,11 @@ import jax.numpy as jnp
 
 from research.core.types import Array
 
-Experts = Callable[[Array, Array], Array]  # ([M, D] sorted rows, [E] group sizes) -> [M, D]
-Buffered = Callable[[Array], Array]  # [G, E, C, D] -> [G, E, C, D]
+# (rows sorted by expert [M, D], their gates [M], group sizes [E]) -> [M, D], and (buffers [G, E, C, D], their gates
+# [G, E, C]) -> the same shape. Experts multiply by the gate within, before their last product: the gate's gradient
+# then asks for none of their results, and a backward pass that recomputes need not form them.
+Experts = Callable[[Array, Array, Array], Array]
+Buffered = Callable[[Array, Array], Array]
 
 
 class Assignments(NamedTuple):
@@ -49,7 +52,7 @@ def by_sorting(x_GTD: Array, routing: Assignments, experts: Experts, *, num_expe
     source = jnp.full((rows,), groups * tokens).at[place].set(row[order], mode="drop")
     gate_M = jnp.zeros((rows,), jnp.float32).at[place].set(gate[order], mode="drop")
     x_MD = jnp.take(x_GTD.reshape(-1, width), source, axis=0, mode="fill", fill_value=0)
-    y_MD = experts(x_MD, padded_E) * gate_M.astype(x_MD.dtype)[:, None]
+    y_MD = experts(x_MD, gate_M, padded_E)
     return jnp.zeros((groups * tokens, width), y_MD.dtype).at[source].add(y_MD, mode="drop").reshape(x_GTD.shape)
 
 
@@ -70,6 +73,6 @@ def by_buffers(x_GTD: Array, routing: Assignments, experts: Buffered, *, num_exp
     source, gate = jax.vmap(slots)(routing)
     take = jax.vmap(lambda x_TD, index: jnp.take(x_TD, index, axis=0, mode="fill", fill_value=0))
     x_GECD = take(x_GTD, source).reshape(groups, num_experts, capacity, width)
-    y_GSD = experts(x_GECD).reshape(groups, -1, width) * gate.astype(x_GTD.dtype)[:, :, None]
+    y_GSD = experts(x_GECD, gate.reshape(groups, num_experts, capacity)).reshape(groups, -1, width)
     add = jax.vmap(lambda index, y_SD: jnp.zeros((tokens, width), y_SD.dtype).at[index].add(y_SD, mode="drop"))
     return add(source, y_GSD)

@@ -28,15 +28,15 @@ Into, Out = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")  # logical ax
 class Layer(NamedTuple):
     """What an expert layer computes, on one device.
 
-    sorted: (rows [M, D] sorted by expert, group sizes [E], weights) -> [M, D]. buffered: ([G, E, C, D], weights) ->
-    the same shape. capacity: slots of an expert's buffer in a group, 0 for sorted rows. by_token: a routing's
+    sorted: (rows [M, D] sorted by expert, their gates [M], group sizes [E], weights) -> [M, D]. buffered: ([G, E, C,
+    D], gates [G, E, C], weights) -> [G, E, C, D]. capacity: slots of an expert's buffer in a group, 0 for sorted rows. by_token: a routing's
     assignments are k for each token, in order. align: what group sizes are padded to. keep: whether the products may
     be kept for the backward pass.
     """
 
     num_experts: int
-    sorted: Callable[[Array, Array, Weights], Array]
-    buffered: Callable[[Array, Weights], Array]
+    sorted: Callable[[Array, Array, Array, Weights], Array]
+    buffered: Callable[[Array, Array, Weights], Array]
     capacity: int
     by_token: bool
     align: int
@@ -100,11 +100,11 @@ def _compute(
     routing = dispatch.Assignments(token=token, expert=expert, gate=gate, kept=kept)
     devices = sharding.current_shape().get(AXIS, 1)
     if layer.capacity and whole_rows:  # else no device knows a whole buffer: sorted rows are the same sum
-        experts = lambda x: layer.buffered(x, weights)  # noqa: E731
+        experts = lambda x, gate: layer.buffered(x, gate, weights)  # noqa: E731
         if devices > 1:
             experts = _traded(experts)
         return dispatch.by_buffers(x_BTD, routing, experts, num_experts=layer.num_experts, capacity=layer.capacity)
-    experts = lambda x, sizes: layer.sorted(x, sizes, weights)  # noqa: E731
+    experts = lambda x, gate, sizes: layer.sorted(x, gate, sizes, weights)  # noqa: E731
     if devices == 1:
         return dispatch.by_sorting(x_BTD, routing, experts, num_experts=layer.num_experts, align=layer.align)
     return _by_exchange(layer, x_BTD, routing, experts, devices)
@@ -113,8 +113,9 @@ def _compute(
 def _traded(experts: dispatch.Buffered) -> dispatch.Buffered:
     """Each device's buffers [G, E, C, D] to the devices that hold the experts, and back."""
 
-    def trade(x_GECD: Array) -> Array:
-        y = experts(lax.all_to_all(x_GECD, AXIS, split_axis=1, concat_axis=0, tiled=True))
+    def trade(x_GECD: Array, gate_GEC: Array) -> Array:
+        given = (lax.all_to_all(x, AXIS, split_axis=1, concat_axis=0, tiled=True) for x in (x_GECD, gate_GEC))
+        y = experts(*given)
         return lax.all_to_all(y, AXIS, split_axis=0, concat_axis=1, tiled=True)
 
     return trade
@@ -162,18 +163,18 @@ def _exchanged(
     counts_SDE = lax.all_gather(counts_E.reshape(devices, here), AXIS)  # sender, receiver, its experts
     sent_AD = jnp.take(x_BTD.reshape(-1, width), row[order], axis=0)
     exchange = Exchange.make(counts_SDE, rows=order.size, platform=layer.platform)
-    x_RD = exchange.send(sent_AD)
+    x_RD, gate_R = exchange.send(sent_AD), exchange.send(gate[order])
     expert_R = exchange.experts(here)
     arrived = dispatch.Assignments(
         token=jnp.arange(x_RD.shape[0])[None],
         expert=jnp.minimum(expert_R, here - 1)[None],
-        gate=jnp.ones((1, x_RD.shape[0]), jnp.float32),
+        gate=gate_R[None],
         kept=(expert_R < here)[None],
     )
     y_RD = dispatch.by_sorting(x_RD[None], arrived, experts, num_experts=here, align=layer.align)[0]
     y_AD = exchange.back(y_RD, sent_AD.shape)
     mine = jnp.arange(order.size) < jnp.sum(counts_E)
-    y_AD = jnp.where(mine[:, None], y_AD, 0) * gate[order].astype(y_AD.dtype)[:, None]
+    y_AD = jnp.where(mine[:, None], y_AD, 0)
     y = jnp.zeros((x_BTD.shape[0] * x_BTD.shape[1], width), y_AD.dtype).at[row[order]].add(y_AD)
     return y.reshape(x_BTD.shape)
 
@@ -205,18 +206,19 @@ class Exchange(NamedTuple):
         sizes = jnp.sum(self.counts, axis=2)
         return sizes, jnp.cumsum(sizes, axis=1) - sizes, jnp.cumsum(sizes, axis=0) - sizes
 
-    def send(self, x_AD: Array) -> Array:
+    def send(self, x: Array) -> Array:
+        """[A, ...], in the order of receivers, to where each row belongs: [R, ...]."""
         devices, me = self.counts.shape[0], lax.axis_index(AXIS)
         sizes, at_sender, at_receiver = self._offsets
         if self.ragged:
-            space = jnp.zeros((devices * self.rows, x_AD.shape[1]), x_AD.dtype)
+            space = jnp.zeros((devices * self.rows, *x.shape[1:]), x.dtype)
             plan = (at_sender[me], sizes[me], at_receiver[me], sizes[:, me])
-            return lax.ragged_all_to_all(x_AD, space, *plan, axis_name=AXIS)
+            return lax.ragged_all_to_all(x, space, *plan, axis_name=AXIS)
         source = at_sender[me][:, None] + jnp.arange(self.rows)[None, :]
-        out_DAD = jnp.take(x_AD, source, axis=0, mode="fill", fill_value=0)
         exists = jnp.arange(self.rows)[None, :] < sizes[me][:, None]
-        out_DAD = jnp.where(exists[:, :, None], out_DAD, 0)
-        return lax.all_to_all(out_DAD, AXIS, split_axis=0, concat_axis=0, tiled=True).reshape(-1, x_AD.shape[1])
+        source = jnp.where(exists, source, x.shape[0])
+        out = jnp.take(x, source, axis=0, mode="fill", fill_value=0)
+        return lax.all_to_all(out, AXIS, split_axis=0, concat_axis=0, tiled=True).reshape(-1, *x.shape[1:])
 
     def experts(self, here: int) -> Array:
         """[R]: which of this device's experts each arrived row is for; ``here``, their number, for no row."""

@@ -132,7 +132,7 @@ class _Moe(nn.Module):
         found.append(param(self, "down", _each(out), shape, axes, self.build.precision.params))
         return tuple(w.astype(dtype) for w in found)
 
-    def _sorted(self, x_MD: Array, sizes_E: Array, weights: tuple[Array, ...]) -> Array:
+    def _sorted(self, x_MD: Array, gate_M: Array, sizes_E: Array, weights: tuple[Array, ...]) -> Array:
         def product(x: Array, w: Array) -> Array:
             kind = dict(platform=self.build.platform, implementation=self.config.implementation)
             return checkpoint_name(grouped_matmul(x, w, sizes_E, **kind), PRODUCT)
@@ -142,13 +142,16 @@ class _Moe(nn.Module):
             inner = jnp.split(product(x_MD, jnp.concatenate(into, axis=-1)), len(into), axis=-1)
         else:
             inner = [product(x_MD, w) for w in into]
-        return product(activated(self.config.activation, inner), down)
+        return product(self._gated(inner, gate_M), down)
 
-    def _buffered(self, x_GECD: Array, weights: tuple[Array, ...]) -> Array:
+    def _buffered(self, x_GECD: Array, gate_GEC: Array, weights: tuple[Array, ...]) -> Array:
         *into, down = weights
         inner = [checkpoint_name(jnp.einsum("GECD,EDF->GECF", x_GECD, w), PRODUCT) for w in into]
-        y_GECD = jnp.einsum("GECF,EFD->GECD", activated(self.config.activation, inner), down)
-        return checkpoint_name(y_GECD, PRODUCT)
+        return checkpoint_name(jnp.einsum("GECF,EFD->GECD", self._gated(inner, gate_GEC), down), PRODUCT)
+
+    def _gated(self, inner: list[Array], gate: Array) -> Array:
+        """What the last product takes: inner [..., F] activated, times the router's gate [...]."""
+        return activated(self.config.activation, inner) * gate.astype(inner[0].dtype)[..., None]
 
 
 def _each(init: Any) -> Any:
