@@ -95,10 +95,12 @@ class _Moe(nn.Module):
     def _route(self, x_BTD: Array, tokens: Tokens) -> tuple[Routing, Params]:
         """Each row of the batch is a group. Logits and scores are float32 whatever the compute dtype."""
         config, experts = self.config, self.config.num_experts
-        axes, init = ("embed", "router"), self.build.weight_init.matrix(self.build.d_model)
-        w_DE = param(self, "router", init, (self.build.d_model, experts), axes, self.build.precision.params)
-        given = x_BTD.astype(jnp.float32), [w_DE.astype(jnp.float32)], [axes]
-        (logits_BTE,) = sharded.linear(*given, platform=self.build.platform, taken=self.build.taken)
+        logits_BTE = jnp.zeros((*x_BTD.shape[:2], experts), jnp.float32)
+        if config.router.learned:
+            axes, init = ("embed", "router"), self.build.weight_init.matrix(self.build.d_model)
+            w_DE = param(self, "router", init, (self.build.d_model, experts), axes, self.build.precision.params)
+            given = x_BTD.astype(jnp.float32), [w_DE.astype(jnp.float32)], [axes]
+            (logits_BTE,) = sharded.linear(*given, platform=self.build.platform, taken=self.build.taken)
         bias_E = None
         if config.router.bias_rate:
             bias_E = self.variable("buffers", "bias", jnp.zeros, (experts,), jnp.float32).value
@@ -185,12 +187,12 @@ def losses(config: Moe, found: Params) -> dict[str, Term]:
     """
     terms = {}
     tokens_L = jnp.maximum(found["tokens"], 1.0)
-    if config.balance:
+    if config.balance and config.router.learned:
         asked_LE = found["wanted"] / jnp.maximum(jnp.sum(found["wanted"], axis=-1, keepdims=True), 1.0)
         probability_LE = found["probability"] / tokens_L[:, None]
         value = config.num_experts * jnp.sum(jax.lax.stop_gradient(asked_LE) * probability_LE)
         terms["balance"] = Term(config.balance, WeightedSum(value, jnp.ones(())))
-    if config.z_loss:
+    if config.z_loss and config.router.learned:
         terms["router_z"] = Term(config.z_loss, WeightedSum(jnp.sum(found["z"]), found["tokens"][0]))
     return terms
 

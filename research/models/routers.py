@@ -51,11 +51,13 @@ class Router(Protocol):
     """per_token: experts a token asks for on average, by which FLOPs are counted. capacity_factor: an expert takes at
     most ``capacity_factor * per_token * T / E`` tokens of a group, 0 for any number. bias_rate: step of loss-free
     balancing, 0 for none. by_token: assignments are k for each token, in order: all first choices, then all second
-    ones, and so on."""
+    ones, and so on. learned: it chooses by logits; else there is no router's matrix, its logits are zeros, and it has
+    no losses."""
 
     capacity_factor: float
     bias_rate: float
     by_token: ClassVar[bool]
+    learned: ClassVar[bool]
 
     @property
     def per_token(self) -> float: ...
@@ -75,6 +77,7 @@ class TopK:
     capacity_factor: float = 0.0
     bias_rate: float = 0.0
     by_token: ClassVar[bool] = True
+    learned: ClassVar[bool] = True
 
     @property
     def per_token(self) -> float:
@@ -113,6 +116,7 @@ class Gshard:
     capacity_factor: float = 1.0
     bias_rate: ClassVar[float] = 0.0
     by_token: ClassVar[bool] = True
+    learned: ClassVar[bool] = True
 
     @property
     def per_token(self) -> float:
@@ -148,6 +152,7 @@ class Sigmoid:
     capacity_factor: float = 0.0
     bias_rate: float = 0.001
     by_token: ClassVar[bool] = True
+    learned: ClassVar[bool] = True
 
     @property
     def per_token(self) -> float:
@@ -195,6 +200,7 @@ class ExpertChoice:
     capacity_factor: float = 2.0
     bias_rate: ClassVar[float] = 0.0
     by_token: ClassVar[bool] = False
+    learned: ClassVar[bool] = True
 
     @property
     def per_token(self) -> float:
@@ -231,6 +237,7 @@ class Hash:
     capacity_factor: float = 0.0
     bias_rate: ClassVar[float] = 0.0
     by_token: ClassVar[bool] = True
+    learned: ClassVar[bool] = False
 
     @property
     def per_token(self) -> float:

@@ -112,13 +112,18 @@ class _Plan:
     def backward(self, x: Array, weights: tuple[Array, ...], d_outputs: tuple[Array, ...]) -> tuple[Array, ...]:
         if self.scattered:
             d_outputs = tuple(lax.all_gather(d, self.scattered, axis=1, tiled=True) for d in d_outputs)
-        d_x, d_weights = jax.vjp(self.product, *self.whole(x, weights))[1](d_outputs)
+        x, weights = self.whole(x, weights)
+        (d_x,) = jax.vjp(lambda x: self.product(x, weights), x)[1](d_outputs)
         parts = {axis for spec in self.used for entry in spec[self.contract :] for axis in mesh_axes(entry)}
-        d_x = _summed(d_x, self.gathered, tuple(parts))
+        found = [_summed(d_x, self.gathered, tuple(parts))]
         tokens = [axis for entry in self.rows for axis in mesh_axes(entry) if axis not in self.gathered]
-        d_weights = [self._scattered(d, i, tokens) for i, d in enumerate(d_weights)]
-        # the barrier: else the whole gradients of a layer's weights may wait in memory to be scattered
-        return lax.optimization_barrier((d_x, *d_weights))
+        # the barriers: first what needs the whole weights, then one weight's gradient after the other, each scattered
+        # before the next is formed, else all of them may wait in memory
+        for index, weight in enumerate(weights):
+            d_outputs, found = lax.optimization_barrier((d_outputs, found))
+            (d_w,) = jax.vjp(lambda w: self.product(x, (w,))[0], weight)[1](d_outputs[index])
+            found.append(self._scattered(d_w, index, tokens))
+        return tuple(lax.optimization_barrier(found))
 
     def _scattered(self, d_w: Array, index: int, tokens: list[str]) -> Array:
         """The sum over all devices that saw other tokens; each keeps the part that it stores."""

@@ -120,11 +120,13 @@ def _over_mesh(run: Callable[..., Any], head: Head, hidden: Array, *tokens: Arra
     specs, share = head.specs(), PartitionSpec(rows, columns)
 
     def local(head: Head, *arrays: Array) -> Any:
-        found = run(jax.tree.map(_gathered, head.cast(), specs), *arrays)
+        used = head.cast()
+        found = run(jax.tree.map(_gathered, used, specs), *arrays)
         if not gradient:
             return jax.lax.psum(found, mesh.axis_names)
         sums, d_head, d_hidden = found
-        d_head = jax.tree.map(scattered, d_head, specs)
+        # summed over chunks in float32, over devices in the dtype of the product, as every gradient of a weight is
+        d_head = jax.tree.map(lambda d, w, spec: scattered(d.astype(w.dtype), spec), d_head, used, specs)
         # the barrier: else the whole head's gradient may wait in memory until the rest of the model is done
         return jax.lax.psum(sums, mesh.axis_names), *jax.lax.optimization_barrier((d_head, d_hidden))
 

@@ -65,7 +65,8 @@ def _feed_forward(d_model: int, mlp: Mlp | Moe) -> tuple[int, float]:
     one = d_model * mlp.d_ff * (3 if mlp.gated else 2)
     if isinstance(mlp, Mlp):
         return one, one
-    common = d_model * mlp.num_experts + (_feed_forward(d_model, mlp.shared)[0] if mlp.shared is not None else 0)
+    router = d_model * mlp.num_experts if mlp.router.learned else 0
+    common = router + (_feed_forward(d_model, mlp.shared)[0] if mlp.shared is not None else 0)
     return common + mlp.num_experts * one, common + mlp.router.per_token * one
 
 

@@ -26,8 +26,9 @@ from research.train.start import Program, check_fits
 HBM = {"v4": 32e9, "v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
 
 
-def topology_devices(name: str) -> list[Any]:
-    """The devices of a TPU topology such as "v5e:16x16" or "v5p:4x4x4", to compile for."""
+def topology_devices(name: str, *, slices: int = 1) -> list[Any]:
+    """The devices of a TPU topology such as "v5e:16x16" or "v5p:4x4x4", to compile for; of several such slices that
+    a data-centre network joins, one slice after the other."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"To compile for {name} the TPU compiler is needed: install libtpu (the extra 'tpu').")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it looks for the metadata of a TPU virtual machine
@@ -35,7 +36,7 @@ def topology_devices(name: str) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices)
     except Exception as error:  # whatever class the plugin raises; its message says what it makes of the name
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -61,9 +62,9 @@ def lower_step(experiment: Experiment, devices: list[Any]) -> jax.stages.Lowered
         return program.step.lower(state, {}, batch, rate)
 
 
-def compile_step(experiment: Experiment, topology: str) -> jax.stages.Compiled:
+def compile_step(experiment: Experiment, topology: str, *, slices: int = 1) -> jax.stages.Compiled:
     """The experiment's step as the TPUs of the topology would run it. Raises UserError for an unknown topology."""
-    return lower_step(experiment, topology_devices(topology)).compile()
+    return lower_step(experiment, topology_devices(topology, slices=slices)).compile()
 
 
 def _placed(shape: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -52,7 +52,7 @@ def layer(config):
 def by_hand(config, params, x_BTD, where):
     """Every expert on every token, weighed by the gates that the router gave: no dispatch at all."""
     bias_E = jnp.zeros(config.num_experts) if config.router.bias_rate else None
-    logits_BTE = x_BTD @ params["router"]
+    logits_BTE = x_BTD @ params.get("router", jnp.zeros((WIDTH, config.num_experts)))
     routing = jax.vmap(lambda logits, real, ids: config.router(moe.Group(logits, real, ids, bias_E, None)))(
         logits_BTE, where.segments > 0, where.ids
     )
