@@ -68,7 +68,8 @@ MIXTRAL_8X7B = Decoder(  # Jiang et al. 2024; dropless
 
 @dataclass(frozen=True)
 class Planned:
-    """One program: a model on all chips of a topology. rows: sequences of the whole batch."""
+    """One program: a model on all chips of a topology. rows: sequences of the whole batch. slices: of that topology,
+    joined by a data-centre network; chips: of all of them."""
 
     model: Decoder
     topology: str
@@ -76,6 +77,7 @@ class Planned:
     chips: int
     rows: int
     length: int = 4096
+    slices: int = 1
 
     @property
     def tokens(self) -> int:
@@ -117,8 +119,12 @@ OTHER_MESHES = {  # the same machine: experts spread over chips, and sequences t
         LLAMA_3_8B, "v5p:4x4x4", MeshSpec(data=1, fsdp=4, context=16), chips=64, rows=4, length=131_072
     ),
 }
-SMALL = {  # for a test: two layers of the first on 16 chips
-    "llama2-7b-2-layers-v5e-16": fsdp(replace(LLAMA_2_7B, num_layers=2), "v5e:4x4", 16, 1),
+TWO_LAYERS = replace(LLAMA_2_7B, num_layers=2)
+SMALL = {  # for tests: two layers of the first on 16 chips, and on two slices of as many
+    "llama2-7b-2-layers-v5e-16": fsdp(TWO_LAYERS, "v5e:4x4", 16, 1),
+    "llama2-7b-2-layers-two-v5e-16": Planned(
+        TWO_LAYERS, "v5e:4x4", MeshSpec(data=2, fsdp=16), chips=32, rows=32, slices=2
+    ),
 }
 ALL = PROGRAMS | OTHER_MESHES | SMALL
 
@@ -128,7 +134,7 @@ def measure(name: str) -> dict[str, Any]:
     planned = ALL[name]
     experiment = planned.experiment(name)
     begun = time.perf_counter()
-    compiled = ahead.compile_step(experiment, planned.topology)
+    compiled = ahead.compile_step(experiment, planned.topology, slices=planned.slices)
     seconds = time.perf_counter() - begun
     memory, program, costs = compiled.memory_analysis(), Program(compiled.as_text()), compiled.cost_analysis()
     assert memory is not None and costs is not None

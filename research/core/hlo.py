@@ -3,7 +3,8 @@
 
 Loops count as often as they run: ``cost_analysis`` counts their bodies once. Fusions and calls are followed: on TPUs
 a reduce-scatter is a fusion that calls ``%all-reduce-scatter...``, an all-gather may be spread over several fusions
-of one channel, and a product may fetch its matrix piece by piece, by collective-permutes in a loop of its own.
+of one channel, and a product may fetch its matrix piece by piece, by collective-permutes in a loop of its own. What
+crosses from slice to slice leaves through the host: "between-slices" here.
 """
 
 import math
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+BETWEEN = "between-slices"
 BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f8": 8, "c64": 64, "c128": 128}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -25,7 +27,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 @dataclass(frozen=True)
 class Collective:
     """bytes: of one run on one device, at its larger end: what an all-gather gives, what a reduce-scatter takes, the
-    array of the others, the smaller of a ragged one's two. runs: how often the program does it."""
+    array of the others, the smaller of a ragged one's two, what is sent between slices. runs: how often the program does it."""
 
     kind: str
     bytes: int
@@ -103,18 +105,21 @@ class Program:
 
     def _kind(self, instruction: _Instruction, place: str) -> str | None:
         """The kind of a collective; of an asynchronous pair the end counts, whose type is that of the result."""
-        opcode = instruction.opcode.removesuffix("-done")
+        opcode = instruction.opcode
+        if opcode == "send" and "xla_megascale_runtime" in instruction.rest:
+            return BETWEEN
+        opcode = opcode.removesuffix("-done")
         if opcode == "all-reduce" and place.startswith("all-reduce-scatter"):
             return "reduce-scatter"
         return opcode if opcode in KINDS else None
 
     def _bytes(self, kind: str, instruction: _Instruction, place: str) -> int:
-        if kind not in ("reduce-scatter", "ragged-all-to-all"):
+        if kind not in ("reduce-scatter", "ragged-all-to-all", BETWEEN):
             return size(instruction.type)
         operands = [self.computations[place].get(name) for name in instruction.operands]
         sizes = [size(operand.type) for operand in operands if operand is not None]
-        # what there is to send at most; the room for it may be larger on one side
-        return sum(sizes) if kind == "reduce-scatter" else min(size(instruction.type), *sizes[:1])
+        # of a ragged one, what there is to send at most; the room for it may be larger on one side
+        return min(size(instruction.type), *sizes[:1]) if kind == "ragged-all-to-all" else sum(sizes)
 
     def _walk(self, place: str, runs: int, frame: str) -> Iterator[tuple[str, str, _Instruction, int]]:
         """(loop body, computation, instruction, how often it is run), through loops, fusions and calls."""

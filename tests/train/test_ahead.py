@@ -97,6 +97,18 @@ def test_two_layers_on_sixteen_chips():
 
 
 @needs_compiler
+@pytest.mark.slow
+def test_between_slices_go_sums_of_gradients_alone():
+    """Each chip sends what it stores: bfloat16 gradients of matrices, the float32 one of the table."""
+    name = "llama2-7b-2-layers-two-v5e-16"
+    planned, found = ALL[name], tpu_programs.run(name)
+    weights = {name: math.prod(w.shape) for name, w in named_leaves(planned.model.shapes(Precision())).items()}
+    table = weights.pop("embedding/table")
+    expected = (2 * sum(weights.values()) + 4 * table) / planned.mesh.fsdp
+    assert expected < found["traffic"]["between-slices"] < 1.01 * expected
+
+
+@needs_compiler
 @pytest.mark.verify
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_published_models_on_pods(name):
