@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from research.core.hlo import Program
+from research.core.hlo import BETWEEN, KINDS, Program
 from research.core.sharding import MeshSpec
 from research.core.types import Precision
 from research.data.pipeline import TextSource
@@ -162,7 +162,7 @@ def run(name: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-COLUMNS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute")
+COLUMNS = (*KINDS, BETWEEN)
 
 
 def main() -> None:
