@@ -27,7 +27,8 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 @dataclass(frozen=True)
 class Collective:
     """bytes: of one run on one device, at its larger end: what an all-gather gives, what a reduce-scatter takes, the
-    array of the others, the smaller of a ragged one's two, what is sent between slices. runs: how often the program does it."""
+    array of the others, the smaller of a ragged one's two, what is sent between slices. runs: how often the program
+    does it."""
 
     kind: str
     bytes: int

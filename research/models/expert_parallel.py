@@ -29,9 +29,9 @@ class Layer(NamedTuple):
     """What an expert layer computes, on one device.
 
     sorted: (rows [M, D] sorted by expert, their gates [M], group sizes [E], weights) -> [M, D]. buffered: ([G, E, C,
-    D], gates [G, E, C], weights) -> [G, E, C, D]. capacity: slots of an expert's buffer in a group, 0 for sorted rows. by_token: a routing's
-    assignments are k for each token, in order. align: what group sizes are padded to. keep: whether the products may
-    be kept for the backward pass.
+    D], gates [G, E, C], weights) -> [G, E, C, D]. capacity: slots of an expert's buffer in a group, 0 for sorted rows.
+    by_token: a routing's assignments are k for each token, in order. align: what group sizes are padded to. keep:
+    whether the products may be kept for the backward pass.
     """
 
     num_experts: int

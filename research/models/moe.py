@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from research.core.sharding import constrain
 from research.core.types import Array, Metrics, Params, Term, UserError, WeightedSum
-from research.models import expert_parallel, ring_attention, sharded
-from research.models.grouped_matmul import GroupedMatmul, alignment, grouped_matmul
+from research.models import expert_parallel, ops, ring_attention, sharded
+from research.models.grouped_matmul import GroupedMatmul, alignment
 from research.models.layers import PRODUCT, Build, param
 from research.models.mlp import Activation, Mlp, activated, is_gated
 from research.models.routers import Group, RouterKind, Routing, TopK, capacity
@@ -137,7 +137,7 @@ class _Moe(nn.Module):
     def _sorted(self, x_MD: Array, gate_M: Array, sizes_E: Array, weights: tuple[Array, ...]) -> Array:
         def product(x: Array, w: Array) -> Array:
             kind = dict(platform=self.build.platform, implementation=self.config.implementation)
-            return checkpoint_name(grouped_matmul(x, w, sizes_E, **kind), PRODUCT)
+            return checkpoint_name(ops.grouped_matmul(x, w, sizes_E, **kind), PRODUCT)
 
         *into, down = weights
         if self.build.platform == "cpu":  # as in ``ops.linear``: one product costs less there than two

@@ -2,8 +2,9 @@
 """Operations with one signature and several implementations, chosen by the platform of the mesh's devices.
 
 ``attention``: "plain" is the oracle and forms [B, N, T, S] scores; "blocked" goes through blocks of queries and
-leaves out the keys that no query of the block may see, which on a CPU takes about half the time; "splash" are
-kernels for TPUs and "cudnn" those for GPUs.
+leaves out the keys that no query of the block may see, which on a CPU takes about half the time; "chunked" never
+forms scores of a whole row; "splash" are kernels for TPUs and "cudnn" those for GPUs. ``grouped_matmul`` has a file of
+its own.
 """
 
 import itertools
@@ -18,6 +19,7 @@ from research.core import sharding
 from research.core.types import Array, UserError
 from research.models import chunked_attention, ring_attention
 from research.models.blocked_attention import blocked_attention
+from research.models.grouped_matmul import grouped_matmul as grouped_matmul
 from research.models.visibility import MASKED, Places, Visibility, mask_BTS
 
 AttentionImplementation = Literal["auto", "plain", "blocked", "chunked", "splash", "cudnn"]

@@ -170,6 +170,25 @@ def test_padding_is_not_counted_and_changes_nothing():
     assert found["tokens"] == 3 * 35 and found["load"].sum() == 2 * 3 * 35
 
 
+def test_logits_and_their_losses_are_float32_whatever_the_products_are():
+    """The z-loss is the mean of the squared log normaliser; in bfloat16 it would be off by a thousandth."""
+    config = replace(MOE, z_loss=0.5)
+    module = config.build(Build(WIDTH, 2, WeightInit(), Precision(compute="bfloat16")))
+    _, variables, x_BTD = layer(MOE)
+    x_BTD = x_BTD.astype(jnp.bfloat16)
+    _, found = module.apply(variables, x_BTD, tokens())
+    logits = np.asarray(x_BTD, np.float64) @ np.asarray(variables["params"]["router"], np.float64)
+    wanted = np.square(np.log(np.exp(logits).sum(-1)))[:, :35].mean()
+    term = moe.losses(config, jax.tree.map(lambda x: x[None], found))["router_z"]
+    assert term.coefficient == 0.5 and float(term.value.mean) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_hash_has_neither_a_matrix_nor_losses():
+    _, variables, _ = layer(VARIANTS["hash"])
+    assert variables["params"].keys() == {"gate", "up", "down"}
+    assert not moe.losses(replace(VARIANTS["hash"], z_loss=1.0), {"tokens": jnp.ones(1)})
+
+
 def test_balance_is_one_when_even_and_the_number_of_experts_when_not():
     def of(load, probability):
         found = {"wanted": jnp.asarray([load]), "probability": jnp.asarray([probability]), "tokens": jnp.asarray([8.0])}

@@ -43,6 +43,19 @@ def test_microbatches_are_the_whole_batch_but_for_the_balance_loss(whole, after_
 
 
 @pytest.mark.slow
+def test_a_balance_loss_is_of_one_microbatch():
+    """A product of means: of microbatches it is the mean of theirs, not that of the whole batch."""
+    batch = tiny.batch()
+
+    def balance(experiment, rows=slice(None)):
+        return float(one_step(experiment, batch={name: x[rows] for name, x in batch.items()})[3]["loss/balance"])
+
+    found, each = balance(experiment(accumulate=4)), [balance(experiment(), slice(i, None, 4)) for i in range(4)]
+    assert found == pytest.approx(np.mean(each), rel=1e-6)
+    assert abs(balance(experiment()) - found) > 1e-3 * found
+
+
+@pytest.mark.slow
 def test_recomputation_counts_a_load_once(after_one_step):
     _, _, state, metrics = one_step(experiment(balance=0.0, model={"remat": "full"}))
     jax.tree.map(np.testing.assert_array_equal, state.buffers, after_one_step[2].buffers)
