@@ -19,6 +19,7 @@ from pathlib import Path
 BARE = """
 import sys
 from launch import host
+host.expect_no_tpu()
 host.keep_memory()
 import jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from launch import host
 
+host.expect_no_tpu()
 host.keep_memory()  # before JAX is loaded, as `lab` does
 
 import jax  # noqa: E402

@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     if (code := check_jax()) != 0:
         return code
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    host.expect_no_tpu()
     if options.command in (run, sweep):
         host.keep_memory()  # before JAX is loaded
     sys.unraisablehook = quiet_unraisable

@@ -3,6 +3,7 @@
 
 import ctypes
 import errno
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,18 @@ ACCELERATORS = ("accel*", "vfio/*", "nvidia[0-9]*")
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
+def computes_on_cpu() -> bool:
+    """Whether no accelerator shows among the devices of a Linux machine."""
+    return sys.platform == "linux" and not any(any(Path("/dev").glob(pattern)) for pattern in ACCELERATORS)
+
+
+def expect_no_tpu() -> None:
+    """Keeps libtpu, where it is installed for its compiler alone, from looking for the metadata of a TPU virtual
+    machine when JAX is loaded, and from warning that it found none."""
+    if computes_on_cpu():
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+
 def keep_memory() -> bool:
     """Keeps freed memory in the process, where the CPU computes. Returns whether that was done.
 
@@ -19,7 +32,7 @@ def keep_memory() -> bool:
     back after, so that every step pays a page fault for each 4 KiB (a tenth to a third of a step's time). With
     one arena, no maps and no trimming the pages stay. The price: the process keeps its peak memory.
     """
-    if sys.platform != "linux" or any(any(Path("/dev").glob(pattern)) for pattern in ACCELERATORS):
+    if not computes_on_cpu():
         return False
     try:
         libc = ctypes.CDLL(None)
