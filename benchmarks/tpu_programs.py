@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from research.core.hlo import BETWEEN, KINDS, Program
@@ -158,7 +159,8 @@ def measure(name: str) -> dict[str, Any]:
 def run(name: str) -> dict[str, Any]:
     """``measure`` in a process of its own, which has no accelerator and says nothing else."""
     command = [sys.executable, "-m", "benchmarks.tpu_programs", "--here", name]
-    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    environment, here = os.environ | {"JAX_PLATFORMS": "cpu"}, Path(__file__).parents[1]
+    done = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{name} could not be compiled:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -159,8 +159,10 @@ class Program:
         if test.opcode != "compare" or test.attribute("direction") != "LT" or len(limits) != 1 or len(counters) != 1:
             raise ValueError(f"The program does not say how often {loop.name} runs.")
         index, here = int(counters[0].attribute("index")), self.computations[place]
-        start = _constant(_element(here, loop.operands[0], index), here, 0)
+        start = _constant(_element(here, loop.operands[0], index), here)
         step = _step(_element(body, _root(body).name, index), body)
+        if start is None or step is None:
+            raise ValueError(f"The program does not say how often {loop.name} runs.")
         return math.ceil((_literal(limits[0]) - start) / step)
 
 
@@ -198,15 +200,15 @@ def _literal(constant: _Instruction) -> int:
     return int(constant.rest.split(")")[0])
 
 
-def _constant(instruction: _Instruction | None, computation: _Computation, default: int) -> int:
+def _constant(instruction: _Instruction | None, computation: _Computation) -> int | None:
     while instruction is not None and instruction.opcode in ("copy", "convert", "bitcast"):
         instruction = computation.get(instruction.operands[0])
-    return _literal(instruction) if instruction is not None and instruction.opcode == "constant" else default
+    return _literal(instruction) if instruction is not None and instruction.opcode == "constant" else None
 
 
-def _step(instruction: _Instruction | None, body: _Computation) -> int:
-    """What a loop's counter grows by: 1 unless the body adds another constant."""
+def _step(instruction: _Instruction | None, body: _Computation) -> int | None:
+    """What the body adds to a loop's counter, where it is a constant."""
     if instruction is None or instruction.opcode != "add":
-        return 1
-    parts = (_constant(body.get(name), body, 0) for name in instruction.operands)
-    return next((part for part in parts if part), 1)
+        return None
+    parts = (_constant(body.get(name), body) for name in instruction.operands)
+    return next((part for part in parts if part), None)

@@ -95,18 +95,27 @@ def described(sizes: Mapping[str, int]) -> str:
 def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
     """The device mesh of a spec. A spec that names every axis may use fewer devices than there are.
 
-    Devices of several slices (``slice_index``) are joined along ``data``, outermost: only gradients cross the
-    data-centre network. Raises MeshError where data is no multiple of the slices.
+    TPUs of several slices (``slice_index``) are joined along ``data``, outermost: only gradients cross the data-centre
+    network. Raises MeshError where data is no multiple of the slices, or a slice has too few devices for its share.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = spec.shape(len(devices))
-    devices = devices[: math.prod(sizes.values())]
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    by_slice: dict[int, list[Any]] = {}
+    for device in devices:  # of GPUs too, but there it tells hosts apart
+        by_slice.setdefault(getattr(device, "slice_index", 0) if device.platform == "tpu" else 0, []).append(device)
+    slices = len(by_slice)
     if sizes["data"] % slices:
         raise MeshError(
             f"{slices} slices are joined along data, and data={sizes['data']} is no multiple of {slices}: choose "
             f"a multiple, such as data={-(-sizes['data'] // slices) * slices}, or fewer slices."
         )
+    share = math.prod(sizes.values()) // slices
+    if (fewest := min(len(chips) for chips in by_slice.values())) < share:
+        raise MeshError(
+            f"The mesh {described(sizes)} needs {share} devices of each of {slices} slices and one has {fewest}: "
+            "choose axes whose product is smaller, or slices of one size."
+        )
+    devices = [device for chips in by_slice.values() for device in chips[:share]]
     from jax.experimental import mesh_utils
 
     inside = {**sizes, "data": sizes["data"] // slices}
@@ -195,16 +204,19 @@ def fitting_spec(shape: Sequence[int], spec: PartitionSpec, sizes: Mapping[str, 
 
 
 class Split(NamedTuple):
-    """What a mesh must divide: ``size`` of ``what``, by mesh axes, times ``multiple`` where a share needs parts."""
+    """What a mesh must divide: ``size`` of ``what``, by mesh axes, times ``multiple`` where a share needs parts: where
+    the axes split anything, or where the axis ``wherever`` does."""
 
     what: str
     size: int
     axes: tuple[str, ...]
     multiple: int = 1
+    wherever: str | None = None
 
     def ways(self, sizes: Mapping[str, int]) -> int:
         found = math.prod(sizes[axis] for axis in self.axes)
-        return found * self.multiple if found > 1 else found
+        needed = found > 1 if self.wherever is None else sizes[self.wherever] > 1
+        return found * self.multiple if needed else 1
 
 
 def parameter_splits(shapes: Any, axes: Any) -> list[Split]:
@@ -226,7 +238,7 @@ def check_mesh(sizes: Mapping[str, int], splits: Iterable[Split]) -> None:
     for split in splits:
         if split.size % split.ways(sizes):
             count = math.prod(sizes[axis] for axis in split.axes)
-            named = " x ".join(f"{axis}={sizes[axis]}" for axis in split.axes if sizes[axis] > 1)
+            named = " x ".join(f"{axis}={sizes[axis]}" for axis in split.axes if sizes[axis] > 1) or "on each device"
             each = f", in multiples of {split.multiple}," if split.multiple > 1 else ""
             near = nearest_mesh(sizes, lambda other: not any(s.size % s.ways(other) for s in splits))
             advice = f"the nearest mesh of as many devices that fits is {described(near)}" if near else "no mesh fits"

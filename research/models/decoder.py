@@ -137,7 +137,7 @@ class Decoder:
         for path, config in self.moes().items():
             if config.router.bias_rate:
                 place = (*path, "mlp", "bias")
-                bias = moe.rebalanced(config.router.bias_rate, at(buffers, place), at(stats, path)["load"])
+                bias = moe.rebalanced(config.router.bias_rate, at(buffers, place), at(stats, path)["wanted"])
                 buffers = put(buffers, place, bias)
         return buffers
 

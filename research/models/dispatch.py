@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from research.core.types import Array
+from research.models.routers import rank
 
 # (rows sorted by expert [M, D], their gates [M], group sizes [E]) -> [M, D], and (buffers [G, E, C, D], their gates
 # [G, E, C]) -> the same shape. Experts multiply by the gate within, before their last product: the gate's gradient
@@ -64,9 +65,8 @@ def by_buffers(x_GTD: Array, routing: Assignments, experts: Buffered, *, num_exp
     groups, tokens, width = x_GTD.shape
 
     def slots(one: Assignments) -> tuple[Array, Array]:
-        hits = (one.expert[:, None] == jnp.arange(num_experts)[None, :]) & one.kept[:, None]
-        rank = jnp.take_along_axis(jnp.cumsum(hits, axis=0), one.expert[:, None], axis=1)[:, 0] - 1
-        place = jnp.where(one.kept, one.expert * capacity + rank, num_experts * capacity)
+        slot = one.expert * capacity + rank(one.expert, one.kept, num_experts=num_experts)
+        place = jnp.where(one.kept, slot, num_experts * capacity)
         source = jnp.full((num_experts * capacity,), tokens).at[place].set(one.token, mode="drop")
         return source, jnp.zeros(source.shape, jnp.float32).at[place].set(one.gate, mode="drop")
 

@@ -6,7 +6,7 @@ The parts are in rooms of their own: ``routers`` choose, ``expert_parallel`` mov
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -20,8 +20,10 @@ from research.models import expert_parallel, ops, ring_attention, sharded
 from research.models.grouped_matmul import GroupedMatmul, alignment
 from research.models.layers import PRODUCT, Build, param
 from research.models.mlp import Activation, Mlp, activated, is_gated
-from research.models.routers import Group, RouterKind, Routing, TopK, capacity
+from research.models.routers import Group, RouterKind, Routing, TopK, at_least_zero, capacity
 from research.models.tokens import Tokens
+
+Dispatch = Literal["sorted", "buffers"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Moe:
 
     shared_d_ff: inner width of an expert that every token goes through besides (Dai et al. 2024), 0 for none.
     dispatch: "sorted" multiplies rows sorted by expert, without drops of its own; "buffers" gives each expert a
-        buffer of the router's capacity in each group, and needs a router with one (the sum is the same).
+        buffer of the router's capacity in each group, and needs a router with one. The sum is the same; where the mesh
+        splits sequences no device has a whole group, and rows are sorted whatever is asked for.
     balance: coefficient of the balance loss E sum_e f_e P_e of each layer, 1 at perfect balance (Fedus et al. 2021,
         eqs. 4 to 6). z_loss: that of the squared log normaliser of the router's logits (Zoph et al. 2022, eq. 5).
     """
@@ -40,12 +43,21 @@ class Moe:
     router: RouterKind = TopK()
     activation: Activation = "swiglu"
     shared_d_ff: int = 0
-    dispatch: Literal["sorted", "buffers"] = "sorted"
+    dispatch: Dispatch = "sorted"
     balance: float = 0.01
     z_loss: float = 0.0
     implementation: GroupedMatmul = "auto"
 
     def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise UserError(f"A layer has {self.num_experts} experts: it needs at least 1.")
+        for name, kinds in (("dispatch", Dispatch), ("implementation", GroupedMatmul), ("activation", Activation)):
+            if getattr(self, name) not in get_args(kinds):
+                raise UserError(f"{name} is {getattr(self, name)!r}: choose among {', '.join(get_args(kinds))}.")
+        for name in ("shared_d_ff", "balance", "z_loss"):
+            at_least_zero(name, getattr(self, name))
+        for name in ("capacity_factor", "bias_rate"):
+            at_least_zero(f"router.{name}", getattr(self.router, name))
         self.router.check(self.num_experts)
         if self.dispatch == "buffers" and not self.router.capacity_factor:
             raise UserError(
@@ -95,12 +107,18 @@ class _Moe(nn.Module):
     def _route(self, x_BTD: Array, tokens: Tokens) -> tuple[Routing, Params]:
         """Each row of the batch is a group. Logits and scores are float32 whatever the compute dtype."""
         config, experts = self.config, self.config.num_experts
+        if tokens.length is not None and not config.router.by_token:
+            raise UserError(
+                f"A model with the router {type(config.router).__name__} cannot generate: its experts choose among all "
+                "tokens of a row, later ones included. Train one whose tokens choose, such as TopK."
+            )
         logits_BTE = jnp.zeros((*x_BTD.shape[:2], experts), jnp.float32)
         if config.router.learned:
             axes, init = ("embed", "router"), self.build.weight_init.matrix(self.build.d_model)
             w_DE = param(self, "router", init, (self.build.d_model, experts), axes, self.build.precision.params)
             given = x_BTD.astype(jnp.float32), [w_DE.astype(jnp.float32)], [axes]
-            (logits_BTE,) = sharded.linear(*given, platform=self.build.platform, taken=self.build.taken)
+            how = dict(platform=self.build.platform, taken=self.build.taken, precision="highest")
+            (logits_BTE,) = sharded.linear(*given, **how)  # unasked, a TPU would multiply in bfloat16
         bias_E = None
         if config.router.bias_rate:
             bias_E = self.variable("buffers", "bias", jnp.zeros, (experts,), jnp.float32).value
@@ -108,8 +126,9 @@ class _Moe(nn.Module):
         if tokens.key is not None:
             keys = jax.vmap(lambda row: jax.random.fold_in(tokens.key, row))(tokens.rows)
         given, order = (logits_BTE, tokens.segments > 0, tokens.ids), None
-        if config.router.capacity_factor and tokens.length is None and ring_attention.applies(x_BTD.shape[1]):
-            order = ring_attention.order(x_BTD.shape[1])  # what an expert still takes depends on who came before
+        by_order = config.router.capacity_factor or (config.router.draws and keys is not None)
+        if by_order and tokens.length is None and ring_attention.applies(x_BTD.shape[1]):
+            order = ring_attention.order(x_BTD.shape[1])  # who comes first is taken, and which draw is whose
             given = tuple(x[:, np.argsort(order)] for x in given)
         logits_BTE, real_BT, ids_BT = given
 
@@ -187,7 +206,7 @@ def losses(config: Moe, found: Params) -> dict[str, Term]:
     """
     terms = {}
     tokens_L = jnp.maximum(found["tokens"], 1.0)
-    if config.balance and config.router.learned:
+    if config.balance and config.router.learned and config.router.by_token:  # experts that choose are even
         asked_LE = found["wanted"] / jnp.maximum(jnp.sum(found["wanted"], axis=-1, keepdims=True), 1.0)
         probability_LE = found["probability"] / tokens_L[:, None]
         value = config.num_experts * jnp.sum(jax.lax.stop_gradient(asked_LE) * probability_LE)
@@ -207,15 +226,16 @@ def report(found: Params) -> Metrics:
     entropy_L = -jnp.sum(jnp.where(share_LE > 0, share_LE * jnp.log(jnp.maximum(share_LE, 1e-30)), 0.0), axis=-1)
     wanted_L = jnp.maximum(jnp.sum(found["wanted"], axis=-1), 1.0)
     return {
-        "router/load_entropy": entropy_L / jnp.log(experts),
+        "router/load_entropy": entropy_L / jnp.log(experts) if experts > 1 else jnp.ones_like(entropy_L),
         "router/max_load": jnp.max(share_LE, axis=-1) * experts,
         "router/dropped": 1.0 - jnp.sum(load_LE, axis=-1) / wanted_L,
         "router/confidence": found["confidence"] / jnp.maximum(found["tokens"], 1.0),
     }
 
 
-def rebalanced(rate: float, bias_LE: Array, load_LE: Array) -> Array:
+def rebalanced(rate: float, bias_LE: Array, wanted_LE: Array) -> Array:
     """Loss-free balancing (Wang et al. 2024, algorithm 1): each bias moves by ``rate`` towards the mean load, and
-    the biases of a layer stay centred. load: of the whole global batch."""
-    moved = bias_LE + rate * jnp.sign(jnp.mean(load_LE, axis=-1, keepdims=True) - load_LE)
+    the biases of a layer stay centred. wanted: assignments asked for in the whole global batch; what a capacity then
+    drops would hide how uneven they are."""
+    moved = bias_LE + rate * jnp.sign(jnp.mean(wanted_LE, axis=-1, keepdims=True) - wanted_LE)
     return moved - jnp.mean(moved, axis=-1, keepdims=True)

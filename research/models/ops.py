@@ -29,15 +29,19 @@ SMALLEST_BLOCK = 16
 LONGEST_PLAIN = 2048  # beyond it, scores of a whole row of the batch are not formed
 
 
-def linear(x: Array, *weights: Array, contract: int = 1, platform: str = "cpu") -> tuple[Array, ...]:
+def linear(
+    x: Array, *weights: Array, contract: int = 1, platform: str = "cpu", precision: str | None = None
+) -> tuple[Array, ...]:
     """x [..., *in] times each of weights [*in, *out], contracting the last ``contract`` dimensions of x.
+
+    precision: that of ``jax.lax.dot_general``, of which a CPU knows but one.
 
     On a CPU as one product of two matrices, the weights side by side: contracting the leading dimensions of x
     apart, as the gradient of a weight does, is a third slower there, and every product more reads x once more.
     """
     if platform != "cpu":
         dims = tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))
-        return tuple(jax.lax.dot_general(x, w, (dims, ((), ()))) for w in weights)
+        return tuple(jax.lax.dot_general(x, w, (dims, ((), ())), precision=precision) for w in weights)
     leading, width = x.shape[: x.ndim - contract], math.prod(x.shape[x.ndim - contract :])
     outputs = _products(x.reshape(-1, width), tuple(w.reshape(width, -1) for w in weights))
     return tuple(y.reshape(*leading, *w.shape[contract:]) for y, w in zip(outputs, weights, strict=True))

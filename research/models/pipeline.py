@@ -28,8 +28,8 @@ Layer = Callable[[Params, Params, Array, Array, Tokens], tuple[Array, Params]]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How stages work, on a mesh that has them. microbatches: at least as many as stages (0: as many). rounds: how
-    often each passes all stages (0: as often as there are layers for; 1 is GPipe)."""
+    """How stages work, on a mesh that has them. microbatches: a multiple of the stages (0: as many). rounds: how often
+    each passes all stages (0: as often as there are layers for; 1 is GPipe)."""
 
     microbatches: int = 0
     rounds: int = 0
@@ -44,22 +44,22 @@ class Pipeline:
     def splits(self, *, rows: int, repeats: int) -> list[Split]:
         """What stages need of a microbatch of the optimizer's step and of the repeated layers."""
         layers = Split(f"the {repeats} repeated layers", repeats, (AXIS,), multiple=max(1, self.rounds))
-        if self.microbatches:
-            return [
-                layers,
-                Split(f"the {rows} rows that stages hand on", rows, (*RULES["batch"],), multiple=self.microbatches),
-            ]
-        return [layers, Split(f"the {rows} rows that stages hand on", rows, (*RULES["batch"], AXIS))]
+        handed, count = f"the {rows} rows that stages hand on", self.microbatches
+        if not count:
+            return [layers, Split(handed, rows, (*RULES["batch"], AXIS))]
+        return [
+            layers,
+            Split(f"the {count} microbatches of a pipeline", count, (AXIS,)),
+            Split(handed, rows, RULES["batch"], multiple=count, wherever=AXIS),
+        ]
 
     def schedule(self, *, rows: int, repeats: int) -> tuple[int, int] | None:
-        """(microbatches, rounds) on the mesh in scope; None where there are no stages, or where so few rows, as in
-        an evaluation, cannot be handed on: then all devices go through all layers."""
+        """(microbatches, rounds) on the mesh in scope, which ``splits`` has let pass; None where there are no stages,
+        or where the rows of an evaluation cannot be handed on: then all devices go through all layers."""
         stages = sharding.ways(AXIS)
         count = self.microbatches or stages
-        if stages == 1 or rows % (count * sharding.ways("batch")) or repeats % (stages * max(1, self.rounds)):
+        if stages == 1 or rows % (count * sharding.ways("batch")):
             return None
-        if count < stages:
-            raise UserError(f"{count} microbatches cannot fill {stages} stages: set pipeline.microbatches to {stages}.")
         return count, self.rounds or repeats // stages
 
 

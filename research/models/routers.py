@@ -2,7 +2,8 @@
 """Routers: which tokens go to which experts, with what weight. Each is a frozen description with one pure
 function, of the logits of one group of tokens.
 
-A group is one row of the batch, whatever the mesh: capacity and expert choice are defined within it. A router
+A group is one row of the batch, whatever the mesh: capacity and expert choice are defined within it. (In generation
+it is what one call is given of a row: a router with a capacity may then drop what it kept in training.) A router
 returns assignments (token, expert, gate), so that a token may have any number of experts and an expert any
 number of tokens. In this room T counts the tokens of a group, A its assignments, E experts.
 """
@@ -52,12 +53,13 @@ class Router(Protocol):
     most ``capacity_factor * per_token * T / E`` tokens of a group, 0 for any number. bias_rate: step of loss-free
     balancing, 0 for none. by_token: assignments are k for each token, in order: all first choices, then all second
     ones, and so on. learned: it chooses by logits; else there is no router's matrix, its logits are zeros, and it has
-    no losses."""
+    no losses. draws: it makes random choices where it is given a key."""
 
     capacity_factor: float
     bias_rate: float
     by_token: ClassVar[bool]
     learned: ClassVar[bool]
+    draws: ClassVar[bool]
 
     @property
     def per_token(self) -> float: ...
@@ -78,6 +80,7 @@ class TopK:
     bias_rate: float = 0.0
     by_token: ClassVar[bool] = True
     learned: ClassVar[bool] = True
+    draws: ClassVar[bool] = False
 
     @property
     def per_token(self) -> float:
@@ -85,6 +88,11 @@ class TopK:
 
     def check(self, num_experts: int) -> None:
         _check_k(self.k, num_experts)
+        if self.k == 1 and self.renormalise:
+            raise UserError(
+                "TopK(1) with renormalise=True gives every token the gate 1, from which a router learns nothing: set "
+                "renormalise=False (Switch)."
+            )
 
     def __call__(self, group: Group) -> Routing:
         probabilities = jax.nn.softmax(group.logits, axis=-1)
@@ -93,7 +101,7 @@ class TopK:
         gates = jnp.take_along_axis(probabilities, experts, axis=1)
         if self.renormalise:
             gates = gates / jnp.sum(gates, axis=1, keepdims=True)
-        return limited(by_token(group, experts, gates, probabilities), self)
+        return limited(assigned(group, experts, gates, probabilities), self)
 
 
 def switch(capacity_factor: float = 1.25) -> TopK:
@@ -117,6 +125,7 @@ class Gshard:
     bias_rate: ClassVar[float] = 0.0
     by_token: ClassVar[bool] = True
     learned: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
 
     @property
     def per_token(self) -> float:
@@ -131,7 +140,7 @@ class Gshard:
             second_gate = routing.gate.reshape(2, -1)[1]
             second = jax.random.uniform(group.key, second_gate.shape) < 2 * second_gate
             wanted = routing.wanted & jnp.concatenate([jnp.ones_like(second), second])
-            routing = taken(routing, wanted)
+            routing = routing._replace(wanted=wanted, kept=wanted, gate=jnp.where(wanted, routing.gate, 0.0))
         return limited(routing, self)
 
 
@@ -153,6 +162,7 @@ class Sigmoid:
     bias_rate: float = 0.001
     by_token: ClassVar[bool] = True
     learned: ClassVar[bool] = True
+    draws: ClassVar[bool] = False
 
     @property
     def per_token(self) -> float:
@@ -160,6 +170,11 @@ class Sigmoid:
 
     def check(self, num_experts: int) -> None:
         _check_k(self.k, num_experts)
+        if self.k == 1:
+            raise UserError(
+                "Sigmoid(1) gives every token the same gate, from which a router learns nothing: raise k, or choose "
+                "TopK(1, renormalise=False)."
+            )
         if self.groups < 1 or num_experts % self.groups or not 1 <= self.top_groups <= self.groups:
             raise UserError(
                 f"{num_experts} experts in {self.groups} groups, {self.top_groups} of them chosen: groups must divide "
@@ -180,7 +195,7 @@ class Sigmoid:
         gates = jnp.take_along_axis(scores, experts, axis=1)
         gates = self.scale * gates / (jnp.sum(gates, axis=1, keepdims=True) + 1e-20)
         probabilities = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
-        return limited(by_token(group, experts, gates, probabilities), self)
+        return limited(assigned(group, experts, gates, probabilities), self)
 
     def _allowed(self, selection: Array) -> Array:
         by_group = selection.reshape(selection.shape[0], self.groups, -1)
@@ -201,6 +216,7 @@ class ExpertChoice:
     bias_rate: ClassVar[float] = 0.0
     by_token: ClassVar[bool] = False
     learned: ClassVar[bool] = True
+    draws: ClassVar[bool] = False
 
     @property
     def per_token(self) -> float:
@@ -238,6 +254,7 @@ class Hash:
     bias_rate: ClassVar[float] = 0.0
     by_token: ClassVar[bool] = True
     learned: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
 
     @property
     def per_token(self) -> float:
@@ -252,13 +269,13 @@ class Hash:
             x = (x ^ (x >> shift)) * jnp.uint32(factor)
         experts = ((x ^ (x >> 16)) % group.logits.shape[1]).astype(jnp.int32)[:, None]
         probabilities = jax.nn.one_hot(experts[:, 0], group.logits.shape[1])
-        return limited(by_token(group, experts, jnp.ones(experts.shape), probabilities), self)
+        return limited(assigned(group, experts, jnp.ones(experts.shape), probabilities), self)
 
 
 RouterKind = TopK | Gshard | Sigmoid | ExpertChoice | Hash
 
 
-def by_token(group: Group, experts: Array, gates: Array, probabilities: Array) -> Routing:
+def assigned(group: Group, experts: Array, gates: Array, probabilities: Array) -> Routing:
     """Assignments from each token's choices [T, k]: all first choices, then all second ones, and so on."""
     tokens, k = experts.shape
     wanted = jnp.tile(group.real, k)
@@ -270,11 +287,6 @@ def by_token(group: Group, experts: Array, gates: Array, probabilities: Array) -
         wanted=wanted,
         probabilities=probabilities,
     )
-
-
-def taken(routing: Routing, wanted: Array) -> Routing:
-    """The same with fewer assignments."""
-    return routing._replace(wanted=wanted, kept=routing.kept & wanted, gate=jnp.where(wanted, routing.gate, 0.0))
 
 
 def capacity(router: Router, *, tokens: int, num_experts: int) -> int:
@@ -289,15 +301,24 @@ def limited(routing: Routing, router: Router) -> Routing:
         return routing
     tokens, experts = routing.probabilities.shape
     size = capacity(router, tokens=tokens, num_experts=experts)
-    hits = (routing.expert[:, None] == jnp.arange(experts)[None, :]) & routing.wanted[:, None]
-    before = jnp.take_along_axis(jnp.cumsum(hits, axis=0), routing.expert[:, None], axis=1)[:, 0]
-    kept = routing.wanted & (before <= size)
+    kept = routing.wanted & (rank(routing.expert, routing.wanted, num_experts=experts) < size)
     return routing._replace(kept=kept, gate=jnp.where(kept, routing.gate, 0.0))
+
+
+def rank(expert: Array, counted: Array, *, num_experts: int) -> Array:
+    """[A]: how many of the assignments before it that are ``counted`` went to the same expert."""
+    hits = (expert[:, None] == jnp.arange(num_experts)[None, :]) & counted[:, None]
+    return jnp.take_along_axis(jnp.cumsum(hits, axis=0), expert[:, None], axis=1)[:, 0] - counted
 
 
 def _top(x: Array, k: int) -> Array:
     """The places of the k largest of the last axis, largest first; no gradient."""
     return jax.lax.top_k(jax.lax.stop_gradient(x), k)[1]
+
+
+def at_least_zero(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise UserError(f"{name} is {value}: it must be a finite number of at least 0.")
 
 
 def _check_k(k: int, num_experts: int) -> None:

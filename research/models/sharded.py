@@ -32,6 +32,7 @@ def linear(
     contract: int = 1,
     platform: str = "cpu",
     taken: tuple[str, ...] = (),
+    precision: str | None = None,
 ) -> list[Array]:
     """``ops.linear``: x [B, T, *in] times each of weights [*in, *out], which have the logical ``axes``.
 
@@ -39,8 +40,8 @@ def linear(
     compiler.
     """
     if not sharding.partitioned() or x.ndim - contract != 2:
-        return list(ops.linear(x, *weights, contract=contract, platform=platform))
-    return list(_linear(_Plan.make(x, axes, contract, platform, taken), x, tuple(weights)))
+        return list(ops.linear(x, *weights, contract=contract, platform=platform, precision=precision))
+    return list(_linear(_Plan.make(x, axes, contract, platform, taken, precision), x, tuple(weights)))
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class _Plan:
 
     contract: int
     platform: str
+    precision: str | None
     stored: tuple[PartitionSpec, ...]
     used: tuple[PartitionSpec, ...]
     rows: PartitionSpec
@@ -63,7 +65,9 @@ class _Plan:
     summed: tuple[str, ...]
 
     @staticmethod
-    def make(x: Array, axes: Sequence[Axes], contract: int, platform: str, taken: tuple[str, ...]) -> "_Plan":
+    def make(
+        x: Array, axes: Sequence[Axes], contract: int, platform: str, taken: tuple[str, ...], precision: str | None
+    ) -> "_Plan":
         sizes = sharding.current_shape()
         stored = tuple(sharding.partition_spec(names, without=taken) for names in axes)
         used = tuple(
@@ -80,6 +84,7 @@ class _Plan:
         return _Plan(
             contract=contract,
             platform=platform,
+            precision=precision,
             stored=stored,
             used=used,
             rows=whole if summed else spread,
@@ -98,7 +103,8 @@ class _Plan:
         return tuple(PartitionSpec(*self.results, *spec[self.contract :]) for spec in self.used)
 
     def product(self, x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
-        return ops.linear(x, *weights, contract=self.contract, platform=self.platform)
+        how = dict(contract=self.contract, platform=self.platform, precision=self.precision)
+        return ops.linear(x, *weights, **how)
 
     def whole(self, x: Array, weights: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         """A device's operands: the input's sequence and the weights as they are used."""

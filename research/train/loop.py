@@ -23,6 +23,7 @@ from research.train.monitor import Monitor
 from research.train.progress import Progress, Silent
 from research.train.start import Program, check_fits, first_state
 from research.train.state import TrainState
+from research.train.watchdog import Watchdog
 
 RECORD, RESULT = "experiment.json", "result.json"
 
@@ -57,24 +58,26 @@ def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, 
             lambda: prepare(experiment, mesh, options.cache_dir), folder=options.cache_dir
         )
         hosts.check_equal("data", stream.get_state())
-        hosts.from_first(lambda: write_json(directory / RECORD, experiment.record()))
-        hosts.check_shared(directory)
-        checkpoints = Checkpointer(directory, experiment.checkpoint)
-        try:
-            state = first_state(program, checkpoints, stream)
-            done = int(state.step)
-            with hosts.together():
-                if hosts.first():
-                    provenance.record(directory, mesh, step=done, extra={"data": stream.info})
-            monitor = Monitor(
-                experiment, checkpoints, step=done, peak=peak, progress=options.progress, profile=options.profile,
-                stall_minutes=options.stall_minutes,
-            )  # fmt: skip
-            with monitor, Interrupt() as interrupt:
-                train(program, state, stream, evals, checkpoints, monitor, interrupt)
-                result = hosts.from_first(lambda: finish(experiment, directory, stream))
-        finally:
-            checkpoints.close()
+        with Watchdog(experiment.name, options.stall_minutes) as watchdog:
+            hosts.from_first(lambda: write_json(directory / RECORD, experiment.record()))
+            hosts.check_shared(directory)
+            checkpoints = Checkpointer(directory, experiment.checkpoint)
+            try:
+                state = first_state(program, checkpoints, stream)
+                done = int(state.step)
+                with hosts.together():
+                    if hosts.first():
+                        provenance.record(directory, mesh, step=done, extra={"data": stream.info})
+                monitor = Monitor(
+                    experiment, checkpoints, step=done, peak=peak, progress=options.progress, profile=options.profile,
+                    watchdog=watchdog,
+                )  # fmt: skip
+                with monitor, Interrupt() as interrupt:
+                    train(program, state, stream, evals, checkpoints, monitor, interrupt)
+                    result = hosts.from_first(lambda: finish(experiment, directory, stream))
+            finally:
+                watchdog.expect("the end of its checkpoints", patient=True)
+                checkpoints.close()
     if (signum := interrupt.asked_last()) is not None:  # during the last step: the run is done, its caller is to stop
         raise Interrupted(experiment.name, step=experiment.steps, signum=signum)
     return result

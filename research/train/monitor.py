@@ -29,8 +29,7 @@ class Diverged(UserError):
 
 
 class Monitor:
-    """One attempt at a run, from ``step`` on. peak: FLOP/s of the mesh at best, or None where unknown.
-    stall_minutes: how long nothing may happen before the process is ended (``Watchdog``)."""
+    """One attempt at a run, from ``step`` on. peak: FLOP/s of the mesh at best, or None where unknown."""
 
     def __init__(
         self,
@@ -40,8 +39,8 @@ class Monitor:
         step: int,
         peak: float | None,
         progress: Progress,
+        watchdog: Watchdog,
         profile: bool = False,
-        stall_minutes: float = 0.0,
     ) -> None:
         progress = progress if hosts.first() else Silent()
         self.experiment, self.checkpoints, self.peak, self.progress = experiment, checkpoints, peak, progress
@@ -56,7 +55,7 @@ class Monitor:
         self._tracing = False
         if profile and hosts.first() and not self._profiled:
             progress.note(f"nothing to profile: tracing begins at step {step + PROFILED[0] + 1}, beyond the run's end.")
-        self._watchdog = Watchdog(experiment.name, stall_minutes)
+        self._watchdog = watchdog
         progress.start(experiment.name, total=experiment.steps, step=step)
         self._clock = time.perf_counter()
 
@@ -148,11 +147,9 @@ class Monitor:
             jax.profiler.stop_trace()
 
     def __enter__(self) -> "Monitor":
-        self._watchdog.start()
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        self._watchdog.stop()
         self._stop_trace()
         self.progress.stop()
         self.writer.close()

@@ -5,6 +5,7 @@ the process, and all that compute with it, waiting for ever in a call that no Py
 import os
 import sys
 import threading
+from typing import Any
 
 EXIT_CODE = 3
 MINUTES = 30.0  # by default
@@ -13,7 +14,7 @@ TICKS = 60  # how often it looks, within its limit
 
 
 class Watchdog:
-    """Between ``start`` and ``stop``, ends the process where nothing is expected anew for ``minutes`` (0: never)."""
+    """Within its ``with``, ends the process where nothing is expected anew for ``minutes`` (0: never)."""
 
     def __init__(self, name: str, minutes: float) -> None:
         self.name, self.minutes = name, minutes
@@ -45,9 +46,10 @@ class Watchdog:
         sys.stderr.flush()
         os._exit(EXIT_CODE)  # the main thread may never come back from where it waits
 
-    def start(self) -> None:
+    def __enter__(self) -> "Watchdog":
         if self.minutes > 0:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
 
-    def stop(self) -> None:
+    def __exit__(self, *raised: Any) -> None:
         self._over.set()

@@ -86,9 +86,11 @@ def test_microbatches_divide_the_batch():
         ({"stage": 2, "data": 4}, {"pipeline": Pipeline(rounds=2)}, "in multiples of 2"),
         (
             {"stage": 4, "data": 2},
-            {"num_layers": 4, "pipeline": Pipeline(microbatches=3)},
-            "8 rows that stages hand on",
+            {"num_layers": 4, "pipeline": Pipeline(microbatches=2)},
+            "2 microbatches of a pipeline 4 ways.*stage=2",
         ),
+        ({"stage": 2, "data": 4}, {"pipeline": Pipeline(microbatches=4)}, "8 rows that stages hand on 4 ways.*of 4"),
+        ({"stage": 2}, {"pipeline": Pipeline(microbatches=6)}, "8 rows that stages hand on 1 ways.*of 6"),
     ],
 )
 def test_a_model_that_the_mesh_does_not_divide(sizes, model, says):
@@ -102,25 +104,49 @@ def test_a_model_that_the_mesh_does_not_divide(sizes, model, says):
     sharding.check_mesh({**ONE, **near}, splits)
 
 
+def test_a_pipeline_is_nothing_to_a_mesh_without_stages():
+    model = replace(tiny.MODEL, pipeline=Pipeline(microbatches=3, rounds=5))
+    sharding.check_mesh({**ONE, "data": 8}, model.splits(rows=8))
+
+
 @dataclass(frozen=True)
 class Chip:
     """What a mesh over slices asks of a device."""
 
     id: int
     slice_index: int
+    coords: tuple[int, int, int]
     process_index: int = 0
-    platform: str = "gpu"
-    device_kind: str = "any"
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+    core_on_chip: int = 0
+
+
+def chips(*slices, platform="tpu"):
+    """So many chips of each slice, in rows of two."""
+    each = [(index, i) for index, count in enumerate(slices) for i in range(count)]
+    return [Chip(n, index, (i % 2, i // 2, 0), platform=platform) for n, (index, i) in enumerate(each)]
 
 
 def test_slices_are_joined_along_data():
     """Neighbours along every other axis lie in one slice."""
-    chips = [Chip(i, slice_index=i % 2) for i in range(8)]
-    mesh = sharding.make_mesh(MeshSpec(data=4, tensor=2), chips)
+    both = chips(4, 4)
+    mesh = sharding.make_mesh(MeshSpec(data=4, tensor=2), both[::2] + both[1::2])
     kinds = [{chip.slice_index for chip in row.flat} for row in mesh.devices]
     assert kinds == [{0}, {0}, {1}, {1}]
     with pytest.raises(MeshError, match="data=1 is no multiple of 2.*data=2"):
-        sharding.make_mesh(MeshSpec(data=1, tensor=8), chips)
+        sharding.make_mesh(MeshSpec(data=1, tensor=8), both)
+
+
+def test_a_mesh_of_fewer_devices_takes_as_many_of_each_slice():
+    mesh = sharding.make_mesh(MeshSpec(data=2, tensor=2), chips(4, 4))
+    assert [{chip.slice_index for chip in row.flat} for row in mesh.devices] == [{0}, {1}]
+    with pytest.raises(MeshError, match="needs 4 devices of each of 2 slices and one has 3"):
+        sharding.make_mesh(MeshSpec(data=2, tensor=4), chips(3, 5))
+
+
+def test_what_tells_hosts_of_gpus_apart_is_no_slice():
+    assert sharding.make_mesh(MeshSpec(data=1, fsdp=8), chips(4, 4, platform="gpu")).shape["fsdp"] == 8
 
 
 def test_parameters_are_really_sharded():

@@ -11,6 +11,8 @@ import pytest
 
 from research.core.types import Precision, UserError
 from research.models import moe
+from research.models.attention import Attention
+from research.models.decoder import Decoder
 from research.models.grouped_matmul import BLOCK, grouped_matmul
 from research.models.layers import Build, WeightInit
 from research.models.mlp import ACTIVATIONS
@@ -27,7 +29,7 @@ VARIANTS = {
     "deepseek": replace(MOE, router=Sigmoid(k=2, groups=2, top_groups=1)),
     "switch": replace(MOE, router=switch(0.75)),
     "switch buffers": replace(MOE, router=switch(0.75), dispatch="buffers"),
-    "gshard buffers": replace(MOE, router=glam(0.75), dispatch="buffers"),
+    "glam buffers": replace(MOE, router=glam(0.75), dispatch="buffers"),
     "expert choice": replace(MOE, router=ExpertChoice(1.5)),
     "expert choice buffers": replace(MOE, router=ExpertChoice(1.5), dispatch="buffers"),
     "hash": replace(MOE, router=Hash()),
@@ -106,6 +108,24 @@ def test_grouped_products_are_plain(implementation, sizes):
 
     found, wanted = both(implementation), both("plain")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, wanted)
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "ragged"])
+def test_grouped_products_of_bfloat16(implementation):
+    """Within the rounding of bfloat16 of the plain ones in float32; sums over rows are in float32."""
+    x_MD = jax.random.normal(jax.random.key(0), (6 * BLOCK, 8), jnp.bfloat16)
+    w_EDF = jax.random.normal(jax.random.key(1), (3, 8, 6), jnp.bfloat16)
+    sizes_E = BLOCK * jnp.asarray((3, 0, 2))
+
+    def both(x_MD, w_EDF, implementation):
+        run = functools.partial(grouped_matmul, sizes_E=sizes_E, implementation=implementation)
+        return run(x_MD, w_EDF), jax.grad(lambda x, w: jnp.sum(run(x, w).astype(jnp.float32)), (0, 1))(x_MD, w_EDF)
+
+    wanted = both(x_MD.astype(jnp.float32), w_EDF.astype(jnp.float32), "plain")
+    found = both(x_MD, w_EDF, implementation)
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert got.dtype == jnp.bfloat16
+        assert np.linalg.norm(got.astype(jnp.float32) - want) < 4e-3 * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("sizes", [(200, 0, 91, 150), (0, 0, 7, 0)])
@@ -229,6 +249,53 @@ def test_loss_free_bias_evens_out_a_skewed_load():
     assert abs(float(bias.mean())) < 1e-5
 
 
-def test_buffers_without_a_capacity_are_refused():
-    with pytest.raises(UserError, match="capacity_factor"):
-        Moe(num_experts=4, d_ff=8, dispatch="buffers")
+def test_a_bias_follows_what_was_asked_for_not_what_a_capacity_kept():
+    """An expert below the mean of the load asked for is raised, though of the kept load it has more than the mean."""
+    model = Decoder(32, 8, 1, Attention(1), Moe(4, 8, TopK(1, renormalise=False, capacity_factor=1.0, bias_rate=0.1)))
+    stats = {"layers": {"wanted": jnp.asarray([[305.0, 74, 10, 11]]), "load": jnp.asarray([[100.0, 74, 10, 11]])}}
+    bias = model.update(model.init_buffers(), stats)["layers"]["mlp"]["bias"]
+    np.testing.assert_allclose(bias, [[-0.15, 0.05, 0.05, 0.05]], rtol=1e-6)
+
+
+def test_one_expert_is_evenly_loaded():
+    found = {name: jnp.ones((1, 1)) for name in ("load", "wanted")} | {
+        name: jnp.ones(1) for name in ("confidence", "tokens")
+    }
+    assert moe.report(found)["router/load_entropy"].tolist() == [1.0]
+
+
+def test_a_router_multiplies_in_float32_on_accelerators():
+    """Unasked, a TPU multiplies float32 arrays in bfloat16: forward, and for both gradients."""
+    module = replace(MOE, implementation="ragged").build(Build(WIDTH, 2, WeightInit(), Precision(), platform="tpu"))
+    _, variables, x_BTD = layer(MOE)
+    run = lambda variables, x: jnp.sum(module.apply(variables, x, tokens())[0])  # noqa: E731
+    text = str(jax.make_jaxpr(jax.grad(run, argnums=(0, 1)))(variables, x_BTD))
+    assert text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 3
+
+
+def test_experts_that_choose_cannot_generate():
+    module, variables, x_BTD = layer(VARIANTS["expert choice"])
+    with pytest.raises(UserError, match="ExpertChoice cannot generate"):
+        module.apply(variables, x_BTD, tokens()._replace(length=jnp.zeros(3, jnp.int32)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(dispatch="buffers"), "router.capacity_factor above 0"),
+        (dict(dispatch="buffer"), "dispatch is 'buffer': choose among sorted, buffers"),
+        (dict(implementation="nonsense"), "choose among auto, plain"),
+        (dict(num_experts=0), "at least 1"),
+        (dict(shared_d_ff=-3), "shared_d_ff is -3"),
+        (dict(balance=-1.0), "balance is -1.0"),
+        (dict(router=TopK(2, capacity_factor=-1.0)), "router.capacity_factor is -1.0"),
+        (dict(router=TopK(2, capacity_factor=float("nan"))), "router.capacity_factor is nan"),
+        (dict(router=TopK(2, bias_rate=-1.0)), "router.bias_rate is -1.0"),
+        (dict(router=TopK(1)), "learns nothing: set renormalise=False"),
+        (dict(router=Sigmoid(1)), "learns nothing: raise k"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings, words):
+    with pytest.raises(UserError, match=words) as error:
+        replace(MOE, **settings)
+    assert "\n" not in str(error.value)

@@ -12,6 +12,7 @@ from research.train.experiment import CheckpointPolicy
 from research.train.interrupt import Interrupt
 from research.train.monitor import Monitor
 from research.train.progress import Silent
+from research.train.watchdog import Watchdog
 from tests import tiny
 
 STEPS = 4
@@ -48,7 +49,7 @@ def measured(step, log):
 def monitor(tmp_path):
     experiment = tiny.experiment(steps=STEPS, evals=(), checkpoint=CheckpointPolicy(every=0))
     checkpoints = checkpoint.Checkpointer(tmp_path, experiment.checkpoint)
-    with Monitor(experiment, checkpoints, step=0, peak=None, progress=Silent(), profile=False) as made:
+    with Monitor(experiment, checkpoints, step=0, peak=None, progress=Silent(), watchdog=Watchdog("m", 0)) as made:
         yield made
 
 

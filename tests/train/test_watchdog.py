@@ -13,14 +13,12 @@ from tests.conftest import ROOT
 IDLE = """
 import sys, time
 from research.train.watchdog import Watchdog
-dog = Watchdog("tiny", minutes=float(sys.argv[1]) / 60)
-dog.start()
-dog.expect("the batch of step 7", patient=sys.argv[3] == "patient")
-print("waiting", flush=True)
-time.sleep(float(sys.argv[2]))
-dog.expect("step 8")
-time.sleep(float(sys.argv[2]))
-dog.stop()
+with Watchdog("tiny", minutes=float(sys.argv[1]) / 60) as dog:
+    dog.expect("the batch of step 7", patient=sys.argv[3] == "patient")
+    print("waiting", flush=True)
+    time.sleep(float(sys.argv[2]))
+    dog.expect("step 8")
+    time.sleep(float(sys.argv[2]))
 time.sleep(float(sys.argv[2]))
 """
 BLOCKED = """
