@@ -64,11 +64,12 @@ def experiment(model):
 
 
 def batch():
-    """Two documents a row; the last row ends in padding."""
-    found = tiny.batch(rows=8, length=32, vocab_size=64, documents=2)
-    for name in ("segment_ids", "weights"):
-        found[name] = np.array(found[name])
-        found[name][-1, 20:] = 0
+    """Two documents a row, no token twice in a row (two that begin alike, or a document that begins with the same token
+    twice, are ties to experts that choose tokens); the last row ends in padding."""
+    found = {name: np.array(x) for name, x in tiny.batch(rows=8, length=32, vocab_size=64, documents=2).items()}
+    found["tokens"] = np.random.default_rng(2).permuted(np.tile(np.arange(64, dtype=np.int32), (8, 1)), axis=1)[:, :32]
+    found["segment_ids"][-1, 20:] = 0
+    found["weights"][-1, 20:] = 0
     return found
 
 
