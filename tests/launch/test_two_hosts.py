@@ -17,6 +17,7 @@ import pytest
 
 from research.core.sharding import MeshSpec
 from research.core.tree import named_leaves
+from research.core.types import Precision
 from research.train import checkpoint, loop, metrics
 from tests import tiny
 from tests.conftest import ROOT
@@ -78,18 +79,18 @@ def assert_same_losses(directory, other):
     found, wanted = ([line for line in metrics.read(d) if "loss" in line] for d in (directory, other))
     assert [line["step"] for line in found] == [line["step"] for line in wanted]
     np.testing.assert_allclose([line["loss"] for line in found], [line["loss"] for line in wanted], rtol=1e-6)
-    held_out = [metrics.read(d)[-1]["validation/loss"] for d in (directory, other)]
+    held_out = [metrics.read(d)[-1]["validation/cross_entropy"] for d in (directory, other)]
     np.testing.assert_allclose(*held_out, rtol=1e-6)
 
 
-def params(directory):
-    shapes = tiny.MODEL.shapes(hosts_study.sweep()["data"].precision)
+def params(directory, model):
+    shapes = model.shapes(Precision())
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return named_leaves(checkpoint.load_params(directory, shapes, jax.tree.map(lambda _: one, shapes)))
 
 
-def assert_same_params(directory, other):
-    found, wanted = params(directory), params(other)
+def assert_same_params(directory, other, model=tiny.MODEL):
+    found, wanted = params(directory, model), params(other, model)
     for name in wanted:
         off = np.linalg.norm(found[name] - wanted[name]) / np.linalg.norm(wanted[name])
         assert off < 1e-5, (name, off)
@@ -97,7 +98,7 @@ def assert_same_params(directory, other):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, cache_dir):
-    """A sweep on two hosts over both meshes, after a run that diverges: its folder, and what each host printed."""
+    """A sweep on two hosts over all meshes, after a run that diverges: its folder, and what each host printed."""
     runs = tmp_path_factory.mktemp("swept")
     printed = finish(start(runs, cache_dir, "sweep", STUDY + ":with_a_wild_one"), codes=(1, 1))
     return runs / "hosts_study-with_a_wild_one", printed
@@ -108,7 +109,7 @@ def swept(tmp_path_factory, cache_dir):
 def test_two_hosts_compute_what_one_does(alone, swept, name):
     directory = swept[0] / name
     assert_same_losses(directory, alone(name))
-    assert_same_params(directory, alone(name))
+    assert_same_params(directory, alone(name), hosts_study.sweep()[name].model)
     assert json.loads((directory / "result.json").read_text())["status"] == "finished"
 
 
@@ -117,7 +118,7 @@ def test_one_host_writes_and_speaks(swept):
     directory, printed = swept
     (line,) = (directory / "mixed" / "provenance.jsonl").read_text().splitlines()
     assert json.loads(line)["processes"] == 2 and len(list((directory / "mixed" / "tensorboard").iterdir())) == 1
-    assert "2 of 3 runs finished" in printed[0] and "[1/3] wild: The " in printed[0] and "[1/3]" not in printed[1]
+    assert "4 of 5 runs finished" in printed[0] and "[1/5] wild: The " in printed[0] and "[1/5]" not in printed[1]
     assert json.loads((directory / "wild" / "failure.json").read_text())["status"] == "diverged"
 
 

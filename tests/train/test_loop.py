@@ -12,13 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.core import sharding
 from research.core.sharding import MeshError, MeshSpec
-from research.core.types import Loss, Term, UserError, WeightedSum
+from research.core.types import Context, Loss, Term, UserError, WeightedSum
 from research.data.sources import Synthetic
 from research.data.tokenizers import Bytes
 from research.evals.validation import Validation
 from research.models.attention import Attention
+from research.models.moe import Moe
 from research.models.positions import Learned
+from research.models.routers import Sigmoid
 from research.objectives.next_token import NextToken
 from research.train import checkpoint, loop, metrics
 from research.train.checkpoint import CheckpointError
@@ -26,6 +29,7 @@ from research.train.experiment import AdamW, CheckpointPolicy, Init, Steps
 from research.train.interrupt import Interrupted
 from research.train.monitor import Diverged
 from research.train.optimizers import Schedule
+from research.train.start import Program, first_state
 from tests import tiny
 from tests.train import events
 
@@ -162,10 +166,6 @@ def test_a_signal_during_the_last_step_still_stops_the_caller(tmp_path, cache_di
 
 
 def test_an_average_starts_from_loaded_weights(finished, tmp_path, cache_dir):
-    from research.core import sharding
-    from research.core.types import Context
-    from research.train.start import Program, first_state
-
     experiment = tiny.experiment(steps=1, mesh=ONE, init=Init(checkpoint=str(finished[0])), ema=0.9)
     mesh = sharding.make_mesh(ONE)
     with jax.set_mesh(mesh):
@@ -309,6 +309,31 @@ def test_a_checkpoint_of_one_mesh_goes_on_under_another(finished, tmp_path, cach
     run(tmp_path, cache_dir, replace(experiment, mesh=MeshSpec(data=2, fsdp=2, tensor=2)))
     wanted, found = metrics.read(finished[0]), metrics.read(tmp_path)
     np.testing.assert_allclose([l["loss"] for l in found[:-1]], [l["loss"] for l in wanted[:-1]], rtol=1e-4)  # noqa: E741
+
+
+def test_experts_and_their_biases_go_from_mesh_to_mesh(tmp_path):
+    """Arrays saved over stages, experts and fsdp are bit for bit those restored over a ring and tensor, and on one."""
+    model = replace(tiny.MODEL, mlp=Moe(4, 16, Sigmoid(2, bias_rate=0.01), shared_d_ff=8))
+
+    def program(spec):
+        experiment = tiny.experiment(model=model, mesh=spec, ema=0.9)
+        return Program(experiment, sharding.make_mesh(spec))
+
+    first = program(MeshSpec(data=1, stage=2, fsdp=2, expert=2))
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(s.dtype), first.shapes)
+    checkpoints = checkpoint.Checkpointer(tmp_path, CheckpointPolicy())
+    checkpoints.save(3, jax.device_put(state, first.layout), {"at": 7}, None)
+    checkpoints.wait()
+    checkpoints.close()
+    for spec in (MeshSpec(data=2, context=2, tensor=2), ONE):
+        other = program(spec)
+        reader = checkpoint.Checkpointer(tmp_path, CheckpointPolicy(), read_only=True)
+        found, position = reader.restore(3, other.shapes, other.layout, experiment=None)
+        reader.close()
+        assert position == {"at": 7} and jax.tree.leaves(found.buffers)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), state)
+        assert jax.tree.map(lambda x: x.sharding, found) == other.layout
 
 
 @pytest.mark.parametrize(
