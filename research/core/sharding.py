@@ -150,6 +150,17 @@ def mesh_axes(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+def gathered(w: jax.Array, spec: PartitionSpec, *, keep: PartitionSpec | None = None) -> jax.Array:
+    """In a ``shard_map``: a device's part of an array that lies by ``spec``, gathered over all its mesh axes but those
+    that ``keep`` has for the same dimension."""
+    for dim, entry in enumerate(spec):
+        stay = () if keep is None else mesh_axes(keep[dim])
+        axes = tuple(axis for axis in mesh_axes(entry) if axis not in stay)
+        if axes and jax.lax.axis_size(axes) > 1:
+            w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+    return w
+
+
 def named_sharding(mesh: Mesh, axes: Axes) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(axes))
 

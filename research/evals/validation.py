@@ -26,8 +26,8 @@ class Validation:
     """An objective's means over all batches of a source, each divided by its weight over all of them.
 
     source: batches in a fixed order, with an end (``TextSource.validation``). every: steps between evaluations
-    (0: at the end only). Results: ``validation/NAME`` for each of the objective's metrics, and ``validation/loss`` where
-    the loss is of one term (a router's losses are for training, and products of means besides).
+    (0: at the end only). Results: ``validation/NAME`` for each of the objective's metrics, and ``validation/loss``
+    where the loss is of one term (a router's losses are for training, and products of means besides).
     """
 
     source: Source

@@ -109,7 +109,8 @@ class _Plan:
     def whole(self, x: Array, weights: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         """A device's operands: the input's sequence and the weights as they are used."""
         x = lax.all_gather(x, self.gathered, axis=1, tiled=True) if self.gathered else x
-        return x, tuple(_gathered(w, *specs) for w, *specs in zip(weights, self.stored, self.used, strict=True))
+        specs = zip(weights, self.stored, self.used, strict=True)
+        return x, tuple(sharding.gathered(w, stored, keep=used) for w, stored, used in specs)
 
     def forward(self, x: Array, *weights: Array) -> tuple[Array, ...]:
         found = self.product(*self.whole(x, weights))
@@ -177,15 +178,7 @@ def _summed(y: Array, scattered: tuple[str, ...], axes: tuple[str, ...]) -> Arra
 def whole(w: Array, spec: PartitionSpec, *, keep: tuple[str, ...]) -> Array:
     """A device's part of a parameter, gathered over all mesh axes but those to keep. In a ``shard_map``."""
     kept = PartitionSpec(*[tuple(axis for axis in mesh_axes(entry) if axis in keep) for entry in spec])
-    return _gathered(w, spec, kept)
-
-
-def _gathered(w: Array, spec: PartitionSpec, kept: PartitionSpec) -> Array:
-    for dim, (entry, stay) in enumerate(zip(spec, kept, strict=True)):
-        axes = tuple(axis for axis in mesh_axes(entry) if axis not in mesh_axes(stay))
-        if axes and lax.axis_size(axes) > 1:
-            w = lax.all_gather(w, axes, axis=dim, tiled=True)
-    return w
+    return sharding.gathered(w, spec, keep=kept)
 
 
 def lookup(table_VD: Array, axes: Axes, ids_BT: Array, dtype: str) -> Array:

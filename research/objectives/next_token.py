@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from research.core.sharding import mesh_axes, partition_spec, ways
+from research.core.sharding import gathered, mesh_axes, partition_spec, ways
 from research.core.types import Array, Batch, Head, Loss, Policy, Term, UserError, WeightedSum
 
 
@@ -121,7 +121,7 @@ def _over_mesh(run: Callable[..., Any], head: Head, hidden: Array, *tokens: Arra
 
     def local(head: Head, *arrays: Array) -> Any:
         used = head.cast()
-        found = run(jax.tree.map(_gathered, used, specs), *arrays)
+        found = run(jax.tree.map(gathered, used, specs), *arrays)
         if not gradient:
             return jax.lax.psum(found, mesh.axis_names)
         sums, d_head, d_hidden = found
@@ -142,13 +142,6 @@ def _over_mesh(run: Callable[..., Any], head: Head, hidden: Array, *tokens: Arra
     out = (PartitionSpec(), specs, share) if gradient else PartitionSpec()
     found = jax.shard_map(local, in_specs=(specs, share, share, share), out_specs=out, check_vma=False)(head, *padded)
     return (*found[:2], found[2][:, :length]) if gradient else found
-
-
-def _gathered(w: Array, spec: PartitionSpec) -> Array:
-    for dim, names in enumerate(spec):
-        if names is not None:
-            w = jax.lax.all_gather(w, names, axis=dim, tiled=True)
-    return w
 
 
 def _chunk_sums(
