@@ -9,8 +9,8 @@ Question:  How large a dense model is a model with 8 or 16 experts worth, at equ
 Command:   lab sweep experiments/moe_scaling.py
 Hardware:  two CPU cores, 25 minutes.
 Expect:    on the text with the content hash b5d113dbea4700018f5ca73d (Python 3.11.7, 12,118,641 bytes) at 2e12 FLOPs:
-           loss 2.280 nats per token for the best dense model, 2.191 with 8 experts, 2.159 with 16; worth 2.1 and 2.9
-           times their active parameters (1.4 and 1.6 at 2e11 FLOPs). Single losses move by half a percent.
+           loss 2.280 nats per token for the best dense model, 2.194 with 8 experts, 2.167 with 16; worth 2.1 and 2.7
+           times their active parameters (1.4 and 1.7 at 2e11 FLOPs). Single losses move by half a percent.
 """
 
 from collections.abc import Mapping
