@@ -3,6 +3,7 @@
 
 import ctypes
 import errno
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -19,10 +20,11 @@ def computes_on_cpu() -> bool:
 
 
 def expect_no_tpu() -> None:
-    """Keeps libtpu, where it is installed for its compiler alone, from looking for the metadata of a TPU virtual
-    machine when JAX is loaded, and from warning that it found none."""
-    if computes_on_cpu():
+    """Keeps libtpu, where it is installed for its compiler alone, from looking for a TPU when JAX is loaded, and from
+    warning that it found none."""
+    if computes_on_cpu() and importlib.util.find_spec("libtpu") is not None:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def keep_memory() -> bool:

@@ -82,8 +82,8 @@ class MeshSpec:
             sizes["data"] = max(1, num_devices // math.prod(n for n in sizes.values() if n > 0))
         if math.prod(sizes.values()) > num_devices or (self.data == -1 and math.prod(sizes.values()) != num_devices):
             raise MeshError(
-                f"The mesh {described(sizes)} needs {math.prod(sizes.values())} devices and there are {num_devices}: "
-                "choose axes whose product is at most that number, and divides it where data is -1."
+                f"The mesh {described(sizes)} has {math.prod(sizes.values())} devices and there are {num_devices}: "
+                f"choose axes whose product divides {num_devices}, or name data too, for a product of at most {num_devices}."
             )
         return sizes
 
@@ -252,7 +252,11 @@ def check_mesh(sizes: Mapping[str, int], splits: Iterable[Split]) -> None:
             named = " x ".join(f"{axis}={sizes[axis]}" for axis in split.axes if sizes[axis] > 1) or "on each device"
             each = f", in multiples of {split.multiple}," if split.multiple > 1 else ""
             near = nearest_mesh(sizes, lambda other: not any(s.size % s.ways(other) for s in splits))
-            advice = f"the nearest mesh of as many devices that fits is {described(near)}" if near else "no mesh fits"
+            advice = (
+                f"the nearest mesh of as many devices that fits is {described(near)}"
+                if near
+                else "no mesh of as many devices fits"
+            )
             raise MeshError(
                 f"The mesh splits {split.what} {count} ways ({named}){each} which does not divide {split.size}: "
                 f"{advice}; or choose a multiple of {split.ways(sizes)}."

@@ -55,6 +55,18 @@ class Decoder:
     weight_init: WeightInit = field(default_factory=WeightInit)
     pipeline: Pipeline = field(default_factory=Pipeline)
 
+    def __post_init__(self) -> None:
+        for name, given in (("mlp", self.mlp if isinstance(self.mlp, tuple) else (self.mlp,)), ("first", self.first)):
+            if not isinstance(given, tuple) or not all(isinstance(part, Mlp | Moe) for part in given):
+                raise UserError(
+                    f"model.{name} is {getattr(self, name)!r}: give a tuple of Mlp(...) and Moe(...)"
+                    f"{', or one of them' if name == 'mlp' else ', such as (Mlp(...),) * 3'}."
+                )
+        if self.mlp == ():
+            raise UserError("model.mlp is empty: give the feed-forward that the layers repeat.")
+        if self.num_layers and len(self.first) >= self.num_layers:
+            raise UserError(f"model.first has {len(self.first)} layers of {self.num_layers}: leave some for model.mlp.")
+
     @property
     def period(self) -> tuple[Mlp | Moe, ...]:
         """The feed-forwards that repeat after the first layers."""
@@ -90,8 +102,8 @@ class Decoder:
         ):
             if size < 1:
                 raise UserError(f"The model's {name} is {size}: it must be at least 1.")
-        if not self.period or len(set(self.first)) > 1:
-            raise UserError("model.mlp must not be empty, and the feed-forwards of model.first must be alike.")
+        if len(set(self.first)) > 1:
+            raise UserError("The feed-forwards of model.first must be alike.")
         if len(self.feed_forwards) != self.num_layers:
             raise UserError(
                 f"{self.num_layers} layers are not {len(self.first)} first ones and whole repetitions of "

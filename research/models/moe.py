@@ -51,6 +51,9 @@ class Moe:
     def __post_init__(self) -> None:
         if self.num_experts < 1:
             raise UserError(f"A layer has {self.num_experts} experts: it needs at least 1.")
+        if not isinstance(self.router, RouterKind):
+            kinds = ", ".join(kind.__name__ for kind in get_args(RouterKind))
+            raise UserError(f"router is {self.router!r}: give one of {kinds}.")
         for name, kinds in (("dispatch", Dispatch), ("implementation", GroupedMatmul), ("activation", Activation)):
             if getattr(self, name) not in get_args(kinds):
                 raise UserError(f"{name} is {getattr(self, name)!r}: choose among {', '.join(get_args(kinds))}.")

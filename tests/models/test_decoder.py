@@ -12,6 +12,7 @@ import pytest
 from research.core.tree import named_leaves
 from research.core.types import Precision, UserError
 from research.models.attention import Attention
+from research.models.decoder import Decoder
 from research.models.layers import Norm, WeightInit
 from research.models.mlp import Mlp
 from research.models.moe import Moe
@@ -204,3 +205,18 @@ def test_head_is_the_logits_and_holds_its_own_parameters_only(model):
 def test_sizes_that_cannot_work_are_one_sentence(change, length, vocabulary, words):
     with pytest.raises(UserError, match=words):
         replace(tiny.MODEL, **change).check(sequence_length=length, vocab_size=vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(mlp=()), "model.mlp is empty"),
+        (dict(mlp=[Mlp(8)]), "give a tuple of Mlp"),
+        (dict(first=Mlp(8)), r"such as \(Mlp"),
+        (dict(num_layers=2, first=(Mlp(8),) * 2), "first has 2 layers of 2"),
+    ],
+)
+def test_layers_that_cannot_be_are_refused(settings, words):
+    with pytest.raises(UserError, match=words) as error:
+        Decoder(**(dict(vocab_size=8, d_model=8, num_layers=4, attention=Attention(1), mlp=Mlp(8)) | settings))
+    assert "\n" not in str(error.value)

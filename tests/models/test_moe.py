@@ -286,6 +286,7 @@ def test_experts_that_choose_cannot_generate():
         (dict(dispatch="buffer"), "dispatch is 'buffer': choose among sorted, buffers"),
         (dict(implementation="nonsense"), "choose among auto, plain"),
         (dict(num_experts=0), "at least 1"),
+        (dict(router="topk"), "give one of TopK, Gshard"),
         (dict(shared_d_ff=-3), "shared_d_ff is -3"),
         (dict(balance=-1.0), "balance is -1.0"),
         (dict(router=TopK(2, capacity_factor=-1.0)), "router.capacity_factor is -1.0"),
