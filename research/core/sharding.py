@@ -83,7 +83,7 @@ class MeshSpec:
         if math.prod(sizes.values()) > num_devices or (self.data == -1 and math.prod(sizes.values()) != num_devices):
             raise MeshError(
                 f"The mesh {described(sizes)} has {math.prod(sizes.values())} devices and there are {num_devices}: "
-                f"choose axes whose product divides {num_devices}, or name data too, for a product of at most {num_devices}."
+                f"choose axes whose product divides {num_devices}, or name data too, to use fewer of them."
             )
         return sizes
 
