@@ -166,14 +166,14 @@ class _Moe(nn.Module):
             inner = jnp.split(product(x_MD, jnp.concatenate(into, axis=-1)), len(into), axis=-1)
         else:
             inner = [product(x_MD, w) for w in into]
-        return product(self._gated(inner, gate_M), down)
+        return product(self._weighed(inner, gate_M), down)
 
     def _buffered(self, x_GECD: Array, gate_GEC: Array, weights: tuple[Array, ...]) -> Array:
         *into, down = weights
         inner = [checkpoint_name(jnp.einsum("GECD,EDF->GECF", x_GECD, w), PRODUCT) for w in into]
-        return checkpoint_name(jnp.einsum("GECF,EFD->GECD", self._gated(inner, gate_GEC), down), PRODUCT)
+        return checkpoint_name(jnp.einsum("GECF,EFD->GECD", self._weighed(inner, gate_GEC), down), PRODUCT)
 
-    def _gated(self, inner: list[Array], gate: Array) -> Array:
+    def _weighed(self, inner: list[Array], gate: Array) -> Array:
         """What the last product takes: inner [..., F] activated, times the router's gate [...]."""
         return activated(self.config.activation, inner) * gate.astype(inner[0].dtype)[..., None]
 

@@ -57,9 +57,9 @@ class Router(Protocol):
 
     capacity_factor: float
     bias_rate: float
-    by_token: ClassVar[bool]
-    learned: ClassVar[bool]
-    draws: ClassVar[bool]
+    by_token: ClassVar[bool] = True
+    learned: ClassVar[bool] = True
+    draws: ClassVar[bool] = False
 
     @property
     def per_token(self) -> float: ...
@@ -70,7 +70,7 @@ class Router(Protocol):
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(Router):
     """The k likeliest experts. renormalise: gates are a softmax over the chosen logits (Jiang et al. 2024, Mixtral,
     section 2.1); else the softmax over all experts is taken as it is (Muennighoff et al. 2024, OLMoE)."""
 
@@ -78,9 +78,6 @@ class TopK:
     renormalise: bool = True
     capacity_factor: float = 0.0
     bias_rate: float = 0.0
-    by_token: ClassVar[bool] = True
-    learned: ClassVar[bool] = True
-    draws: ClassVar[bool] = False
 
     @property
     def per_token(self) -> float:
@@ -116,15 +113,13 @@ def glam(capacity_factor: float = 1.25) -> TopK:
 
 
 @dataclass(frozen=True)
-class Gshard:
+class Gshard(Router):
     """The two likeliest experts with gates normalised over the two, the second taken with probability
     min(1, 2 g2) (Lepikhin et al. 2020, algorithm 1), first choices before second ones. Without a key (evaluation)
     the second is taken always."""
 
     capacity_factor: float = 1.0
     bias_rate: ClassVar[float] = 0.0
-    by_token: ClassVar[bool] = True
-    learned: ClassVar[bool] = True
     draws: ClassVar[bool] = True
 
     @property
@@ -145,7 +140,7 @@ class Gshard:
 
 
 @dataclass(frozen=True)
-class Sigmoid:
+class Sigmoid(Router):
     """DeepSeek-V3 (2024, eqs. 12 to 16): scores are sigmoids; the k highest of score plus bias are chosen; gates are
     the chosen scores without the bias, normalised, times ``scale``.
 
@@ -160,9 +155,6 @@ class Sigmoid:
     scale: float = 1.0
     capacity_factor: float = 0.0
     bias_rate: float = 0.001
-    by_token: ClassVar[bool] = True
-    learned: ClassVar[bool] = True
-    draws: ClassVar[bool] = False
 
     @property
     def per_token(self) -> float:
@@ -206,7 +198,7 @@ class Sigmoid:
 
 
 @dataclass(frozen=True)
-class ExpertChoice:
+class ExpertChoice(Router):
     """Each expert takes the ``capacity_factor * T / E`` tokens that like it most (Zhou et al. 2022, eq. 1 to 3).
 
     A token's experts depend on later tokens of its group: not for generation.
@@ -215,8 +207,6 @@ class ExpertChoice:
     capacity_factor: float = 2.0
     bias_rate: ClassVar[float] = 0.0
     by_token: ClassVar[bool] = False
-    learned: ClassVar[bool] = True
-    draws: ClassVar[bool] = False
 
     @property
     def per_token(self) -> float:
@@ -246,15 +236,13 @@ class ExpertChoice:
 
 
 @dataclass(frozen=True)
-class Hash:
+class Hash(Router):
     """A fixed expert for each token id, nothing learned (Roller et al. 2021, section 3: random hash)."""
 
     seed: int = 0
     capacity_factor: float = 0.0
     bias_rate: ClassVar[float] = 0.0
-    by_token: ClassVar[bool] = True
     learned: ClassVar[bool] = False
-    draws: ClassVar[bool] = False
 
     @property
     def per_token(self) -> float:
