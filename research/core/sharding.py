@@ -9,7 +9,7 @@ of ``shard_map`` where the models room says itself what moves (rings of keys, ex
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -150,12 +150,11 @@ def mesh_axes(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def gathered(w: jax.Array, spec: PartitionSpec, *, keep: PartitionSpec | None = None) -> jax.Array:
+def gathered(w: jax.Array, spec: PartitionSpec, *, keep: Collection[str] = ()) -> jax.Array:
     """In a ``shard_map``: a device's part of an array that lies by ``spec``, gathered over all its mesh axes but those
-    that ``keep`` has for the same dimension."""
+    to keep."""
     for dim, entry in enumerate(spec):
-        stay = () if keep is None else mesh_axes(keep[dim])
-        axes = tuple(axis for axis in mesh_axes(entry) if axis not in stay)
+        axes = tuple(axis for axis in mesh_axes(entry) if axis not in keep)
         if axes and jax.lax.axis_size(axes) > 1:
             w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
     return w

@@ -5,6 +5,7 @@ Within it a device gathers its experts' matrices over the axes that only store t
 devices of the "expert" axis that hold its experts, multiplies, sends the results back, and sums over "tensor".
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from research.core import sharding
 from research.core.types import Array
-from research.models import dispatch, sharded
+from research.models import dispatch
 from research.models.layers import PRODUCT
 from research.models.routers import Routing
 
@@ -65,7 +66,8 @@ def run(layer: Layer, x_BTD: Array, routing: Routing, weights: Weights, *, taken
     specs.append(sharding.partition_spec(Out, without=taken))
 
     def local(x_BTD: Array, gate: Array, where: tuple[Array, ...], *weights: Array) -> Array:
-        weights = tuple(sharded.whole(w, spec, keep=(AXIS, "tensor")) for w, spec in zip(weights, specs, strict=True))
+        whole = functools.partial(sharding.gathered, keep=(AXIS, "tensor"))
+        weights = tuple(whole(w, spec) for w, spec in zip(weights, specs, strict=True))
         if "tensor" in sharding.mesh_axes(row[1]):
             x_BTD = lax.all_gather(x_BTD, "tensor", axis=1, tiled=True)
         if layer.by_token:

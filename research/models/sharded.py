@@ -110,7 +110,8 @@ class _Plan:
         """A device's operands: the input's sequence and the weights as they are used."""
         x = lax.all_gather(x, self.gathered, axis=1, tiled=True) if self.gathered else x
         specs = zip(weights, self.stored, self.used, strict=True)
-        return x, tuple(sharding.gathered(w, stored, keep=used) for w, stored, used in specs)
+        axes = lambda spec: [axis for entry in spec for axis in mesh_axes(entry)]  # noqa: E731
+        return x, tuple(sharding.gathered(w, stored, keep=axes(used)) for w, stored, used in specs)
 
     def forward(self, x: Array, *weights: Array) -> tuple[Array, ...]:
         found = self.product(*self.whole(x, weights))
@@ -173,12 +174,6 @@ def _summed(y: Array, scattered: tuple[str, ...], axes: tuple[str, ...]) -> Arra
         y = lax.psum_scatter(y, scattered, scatter_dimension=1, tiled=True)
     rest = tuple(axis for axis in axes if axis not in scattered)
     return lax.psum(y, rest) if rest else y
-
-
-def whole(w: Array, spec: PartitionSpec, *, keep: tuple[str, ...]) -> Array:
-    """A device's part of a parameter, gathered over all mesh axes but those to keep. In a ``shard_map``."""
-    kept = PartitionSpec(*[tuple(axis for axis in mesh_axes(entry) if axis in keep) for entry in spec])
-    return sharding.gathered(w, spec, keep=kept)
 
 
 def lookup(table_VD: Array, axes: Axes, ids_BT: Array, dtype: str) -> Array:
