@@ -2,6 +2,7 @@
 """The training loop: ``run(experiment, directory)`` takes an experiment from nothing, or from its last
 checkpoint, to its end."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +62,7 @@ def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, 
         with Watchdog(experiment.name, options.stall_minutes) as watchdog:
             hosts.from_first(lambda: write_json(directory / RECORD, experiment.record()))
             hosts.check_shared(directory)
-            checkpoints = Checkpointer(directory, experiment.checkpoint)
-            try:
+            with contextlib.closing(Checkpointer(directory, experiment.checkpoint)) as checkpoints:
                 state = first_state(program, checkpoints, stream)
                 done = int(state.step)
                 with hosts.together():
@@ -75,9 +75,6 @@ def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, 
                 with monitor, Interrupt() as interrupt:
                     train(program, state, stream, evals, checkpoints, monitor, interrupt)
                     result = hosts.from_first(lambda: finish(experiment, directory, stream))
-            finally:
-                watchdog.expect("the end of its checkpoints", patient=True)
-                checkpoints.close()
     if (signum := interrupt.asked_last()) is not None:  # during the last step: the run is done, its caller is to stop
         raise Interrupted(experiment.name, step=experiment.steps, signum=signum)
     return result

@@ -44,6 +44,19 @@ loop.run(tiny.experiment(mesh=MeshSpec(data=1), source=source, evals=()), Path(s
 """
 
 
+STUCK = """
+import sys, time
+from pathlib import Path
+from research.core.sharding import MeshSpec
+from research.train import loop
+from tests import tiny
+
+loop.first_state = lambda *given: time.sleep(600)  # a file system that hangs while a checkpoint is read
+options = loop.Options(cache_dir=Path(sys.argv[1]), stall_minutes=0.5 / 60)
+loop.run(tiny.experiment(mesh=MeshSpec(data=1), evals=()), Path(sys.argv[2]), options)
+"""
+
+
 def python(script, *words):
     command = [sys.executable, "-c", script, *map(str, words)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -85,3 +98,11 @@ def test_a_run_whose_stream_blocks_names_the_batch_it_waited_for(tmp_path, cache
     _, told = process.communicate(timeout=100)
     assert process.returncode == 3, told
     assert "tiny made no progress for 0.0417 minutes and was ended: it waited for the batch of step 4." in told
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_read_its_checkpoint_ends(tmp_path, cache_dir):
+    process = python(STUCK, cache_dir, tmp_path / "run")
+    _, told = process.communicate(timeout=100)
+    assert process.returncode == 3, told
+    assert "tiny made no progress for 0.0333 minutes and was ended: it waited for the start." in told
