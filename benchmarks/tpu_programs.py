@@ -23,7 +23,7 @@ from typing import Any
 
 from research.core.hlo import BETWEEN, KINDS, Program
 from research.core.sharding import MeshSpec
-from research.core.types import Precision
+from research.core.types import Precision, UserError
 from research.data.pipeline import TextSource
 from research.data.sources import Synthetic
 from research.data.tokenizers import Bytes
@@ -175,10 +175,13 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help="compile in this process and print one line of JSON")
     options = parser.parse_args()
     if unknown := set(options.names) - set(ALL):
-        parser.error(f"there is no program {', '.join(sorted(unknown))}")
+        parser.error(f"there is no program {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
     if options.here:
-        for name in options.names:
-            print(json.dumps(measure(name)))
+        try:
+            for name in options.names:
+                print(json.dumps(measure(name)))
+        except UserError as error:
+            raise SystemExit(str(error)) from None
         return
     heads = ("program", "peak GiB", "state GiB", "TFLOPs", "GB accessed", *(f"{kind} GB" for kind in COLUMNS))
     print(f"| {' | '.join(heads)} | seconds |\n{'|---' * (len(heads) + 1)}|")

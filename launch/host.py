@@ -23,7 +23,6 @@ def expect_no_tpu() -> None:
     """Keeps libtpu, where it is installed for its compiler alone, from looking for a TPU when JAX is loaded, and from
     warning that it found none."""
     if computes_on_cpu() and importlib.util.find_spec("libtpu") is not None:
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
