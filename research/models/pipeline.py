@@ -54,11 +54,13 @@ class Pipeline:
         ]
 
     def schedule(self, *, rows: int, repeats: int) -> tuple[int, int] | None:
-        """(microbatches, rounds) on the mesh in scope, which ``splits`` has let pass; None where there are no stages,
-        or where the rows of an evaluation cannot be handed on: then all devices go through all layers."""
+        """(microbatches, rounds) on the mesh in scope; None where there are no stages, or where the rows of an
+        evaluation or the layers of a frozen model cannot be shared out: then all devices go through all layers. Of a
+        model in training ``splits`` has refused such a mesh."""
         stages = sharding.ways(AXIS)
         count = self.microbatches or stages
-        if stages == 1 or rows % (count * sharding.ways("batch")):
+        uneven = rows % (count * sharding.ways("batch")) or repeats % (stages * max(1, self.rounds)) or count % stages
+        if stages == 1 or uneven:
             return None
         return count, self.rounds or repeats // stages
 

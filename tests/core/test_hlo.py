@@ -134,3 +134,55 @@ def test_what_the_tpu_compiler_writes():
 def test_sizes_of_types():
     assert hlo.size("bf16[1,256,32,128]{3,1,0,2:T(8,128)(2,1)S(1)}") == 256 * 32 * 128 * 2
     assert hlo.size("(f32[3]{0}, s8[2,2], pred[], u32[]{:S(2)})") == 12 + 4 + 1 + 4
+
+
+BETWEEN_SLICES = """
+ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %token = token[] after-all()
+  %send = (bf16[4,8]{1,0}, u32[], token[]) send(%p, %token), channel_id=1, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %send-done = token[] send-done(%send), channel_id=1, is_host_transfer=true
+  %other = (bf16[4,8]{1,0}, u32[], token[]) send(%p, %token), channel_id=2, is_host_transfer=true
+  ROOT %out = bf16[4,8]{1,0} copy(%p)
+}
+"""
+
+
+def test_what_leaves_a_slice_is_counted_once_and_no_other_transfer_to_the_host():
+    (found,) = hlo.Program(BETWEEN_SLICES).collectives()
+    assert (found.kind, found.bytes, found.runs) == (hlo.BETWEEN, 4 * 8 * 2, 1)
+
+
+LOOP = """
+%body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %t = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[8]{0} get-tuple-element(%t), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %sum = f32[8]{0} all-reduce(%x), channel_id=1, to_apply=%add
+  ROOT %out = (s32[], f32[8]{0}) tuple(%next, %sum)
+}
+%condition (t: (s32[], f32[8])) -> pred[] {
+  %t = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %end = s32[] constant(7)
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}
+ENTRY %main (p: s32[], x: f32[8]) -> f32[8] {
+  %p = s32[] parameter(0)
+  %x = f32[8]{0} parameter(1)
+  %two = s32[] constant(2)
+  %start = (s32[], f32[8]{0}) tuple(START, %x)
+  %loop = (s32[], f32[8]{0}) while(%start), condition=%condition, body=%body
+  ROOT %out = f32[8]{0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_loop_that_starts_nobody_knows_where_is_not_guessed():
+    (found,) = hlo.Program(LOOP.replace("START", "%two")).collectives()
+    assert (found.kind, found.bytes, found.runs) == ("all-reduce", 32, 5)
+    with pytest.raises(ValueError, match="does not say how often loop runs"):
+        hlo.Program(LOOP.replace("START", "%p")).collectives()
