@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from research.core.types import UserError
 from research.scaling.fit import Fit, Points, fit_law
 from research.scaling.isoflop import by_budget
-from research.scaling.laws import Chinchilla, FlopsPerToken, optimum
-from research.scaling.recommend import cost_model
+from research.scaling.allocation import FlopsPerToken, cost_model, optimum
+from research.scaling.laws import Chinchilla
 from research.scaling.table import Run
 
 FARTHEST = 1e4  # times the run's own compute: beyond it no equal dense compute is looked for

@@ -1,54 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fits of the parametric law: variable projection for a start, then a Huber loss on log loss, converged.
+"""Fits of a law to runs: variable projection for the starts, then a Huber loss on log loss, converged.
 
 Default optimizer tolerances stop early on this problem and return a law that is not the minimum (Besiroglu
 et al. 2024), so every fit carries a record of its convergence: restarts that agree and the size of the
-gradient. What the runs do not determine (an exponent at its bound, an E of zero) is named instead of being
+gradient. What the runs do not determine (an exponent at its bound, a floor of zero) is named instead of being
 reported as a finding.
 """
 
-import math
+import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import jax
 import numpy as np
-from scipy.optimize import minimize, nnls
 
 from research.core.types import UserError
-from research.scaling.laws import Chinchilla
+from research.scaling import projection
+from research.scaling.forms import CHINCHILLA, Form
+from research.scaling.laws import numbers
+from research.scaling.newton import NO_HUBER, Problem
 from research.scaling.table import ParameterCount, Run
 
-FEWEST_RUNS = 6  # one more than the law has numbers
-EXPONENTS = (0.02, 2.0)  # where alpha and beta are looked for
-SMALLEST_SHARE = 1e-5  # of the loss at the centre of the runs: a term as small as this is zero
 AGREE = 1e-7  # restarts agree when their objectives do, relatively
 GRADIENT = 1e-6  # the largest projected gradient of a converged fit, as Convergence defines it
-ZERO_TERM = (
-    "A and alpha are not identified: the fit puts the term of model size at zero, as if size had no effect.",
-    "B and beta are not identified: the fit puts the term of tokens at zero, as if they had no effect.",
-    "E is not identified: the fit puts it at zero, so these runs do not show where the loss levels off, and "
-    "the law may not be carried far beyond them.",
-)
+FEWEST_VALUES = 3  # of each input
+WORDS = {
+    "params": "model sizes", "tokens": "lengths of training", "flops": "compute budgets", "experts": "expert counts",
+    "granularity": "granularities", "unique_tokens": "amounts of unique data",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Points:
-    """What a law is fitted to: arrays of params, tokens and loss (nats per token), with the runs' names."""
+    """What a law is fitted to: arrays of loss (nats per token) and of what it is a function of, with the runs' names."""
 
-    params: np.ndarray
-    tokens: np.ndarray
-    loss: np.ndarray
+    params: np.ndarray | None = None
+    tokens: np.ndarray | None = None
+    loss: np.ndarray = ()  # type: ignore[assignment]
     names: tuple[str, ...] = ()
+    flops: np.ndarray | None = None
+    unique_tokens: np.ndarray | None = None
+    experts: np.ndarray | None = None
+    granularity: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name in ("params", "tokens", "loss"):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), float))
-        if not self.params.shape == self.tokens.shape == self.loss.shape or self.params.ndim != 1:
-            raise UserError("params, tokens and loss must be three lists of the same length.")
-        values = np.concatenate([self.params, self.tokens, self.loss])
-        if not np.all(np.isfinite(values) & (values > 0)):
-            raise UserError("A law is fitted to finite positive params, tokens and losses: leave other runs out.")
+        for name, value in self._arrays():
+            object.__setattr__(self, name, np.asarray(value, float))
+            found = getattr(self, name)
+            if found.shape != np.shape(self.loss) or found.ndim != 1:
+                raise UserError(f"{name} and loss must be two lists of the same length.")
+            if not np.all(np.isfinite(found) & (found > 0)):
+                raise UserError(f"A law is fitted to finite positive numbers, and some {name} are not: leave them out.")
+
+    def _arrays(self) -> list[tuple[str, Any]]:
+        values = [(field.name, getattr(self, field.name)) for field in fields(self) if field.name != "names"]
+        return [(name, value) for name, value in values if value is not None]
 
     @classmethod
     def of(cls, runs: Iterable[Run], *, parameters: ParameterCount = "total") -> "Points":
@@ -59,42 +66,54 @@ class Points:
             tokens=np.array([run.tokens for run in good], float),
             loss=np.array([run.loss for run in good], float),
             names=tuple(run.name for run in good),
+            flops=np.array([run.flops for run in good], float),
         )
 
     def __len__(self) -> int:
         return len(self.loss)
 
+    def inputs(self, form: Form) -> dict[str, np.ndarray]:
+        """What the form's law is a function of. Raises UserError where the points lack it."""
+        found = {name: getattr(self, name) for name in form.inputs}
+        absent = [name for name, value in found.items() if value is None]
+        if absent:
+            raise UserError(f"The {form.name} law is a function of {', '.join(form.inputs)}; there is no {absent[0]}.")
+        return found
+
     def take(self, index: Any) -> "Points":
         names = tuple(np.array(self.names, object)[index]) if self.names else ()
-        return Points(self.params[index], self.tokens[index], self.loss[index], names)
+        return replace(self, names=names, **{name: value[index] for name, value in self._arrays()})
 
 
 @dataclass(frozen=True)
 class Convergence:
-    """How the fit ended. gradient_norm: largest projected derivative of the objective (divided by delta and
-    by the number of points) over the law's numbers, in logs. agreeing: restarts within ``AGREE`` of the best
-    objective."""
+    """How the fit ended. gradient_norm: largest projected derivative of the objective (over the size of a
+    residual that counts, and the number of points) over the law's coordinates. agreeing: restarts within
+    ``AGREE`` of the best objective."""
 
     converged: bool
     restarts: int
     agreeing: int
     gradient_norm: float
-    evaluations: int
+    steps: int
     message: str
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted law. objective: the sum of Huber losses of log residuals. residuals: log(predicted /
-    measured), in the order of the points. not_identified: a sentence for every number that the points do not
-    determine."""
+    """A fitted law. objective: the sum of Huber(delta) losses of log residuals (half squares for an infinite
+    delta). residuals: log(predicted / measured), in the order of the points. not_identified: a sentence for every
+    number that the points do not determine. theta: the law in its form's coordinates."""
 
-    law: Chinchilla
+    law: Any
+    form: Form
+    points: Points
     objective: float
     delta: float
     residuals: tuple[float, ...]
     convergence: Convergence
     not_identified: tuple[str, ...]
+    theta: np.ndarray
 
     @property
     def rms_residual(self) -> float:
@@ -105,246 +124,100 @@ class Fit:
         return float(np.max(np.abs(self.residuals)))
 
 
-def fit_law(points: Points, *, delta: float = 1e-3, restarts: int = 12) -> Fit:
-    """Fits E, A, B, alpha and beta: the sum of Huber(delta) losses of log residuals (Hoffmann et al. 2022,
-    eq. 3).
+def problem(points: Points, *, form: Form = CHINCHILLA, delta: float = 1e-3) -> Problem:
+    """The minimisation behind a fit; an infinite delta is least squares of log residuals."""
+    if not delta > 0:
+        raise UserError(f"delta must be a positive number (inf: least squares); given {delta}.")
+    inputs, log_loss = points.inputs(form), np.log(points.loss)
+    low, high = form.bounds(log_loss)
+    unit = min(delta, max(float(log_loss.std()), 1e-6))
+    return Problem(form, inputs, form.scale(inputs), low, high, min(delta, NO_HUBER), unit)
 
-    The prediction is taken in log-sum-exp form. Raises UserError for fewer than six points, or fewer than three
-    distinct params or tokens, with which the law cannot be told from others.
+
+def fit_law(points: Points, *, form: Form = CHINCHILLA, delta: float = 1e-3, restarts: int = 12) -> Fit:
+    """Fits a law: the sum of Huber(delta) losses of log residuals (Hoffmann et al. 2022, eq. 3), from several starts.
+
+    Raises UserError for no more points than the law has numbers, or fewer than three distinct values of an input,
+    with which the law cannot be told from others.
     """
-    check_points(points)
-    problem = _Problem(points, delta)
-    results = [problem.solve(start) for start in problem.starts(restarts)]
-    objectives = np.array([problem.objective(theta) for theta, _ in results])
-    theta = results[int(np.argmin(objectives))][0]
-    best = float(objectives.min())
-    agreeing = int(np.sum(objectives <= best * (1 + AGREE) + 1e-18))
-    gradient = problem.projected_gradient(theta)
-    converged = gradient <= GRADIENT and (agreeing >= 2 or len(results) == 1)
-    message = f"{agreeing} of {len(results)} starts reach the same minimum; projected gradient {gradient:.1e}"
+    check_points(points, form=form)
+    task = problem(points, form=form, delta=delta)
+    starts = projection.starts(form, inputs=task.inputs, loss=points.loss, scale=task.scale, count=restarts)
+    solved = task.solve(np.stack(starts), log_loss=np.log(points.loss))
+    objectives = np.where(np.isfinite(solved.objective), solved.objective, np.inf)
+    best = int(np.argmin(objectives))
+    agreeing = int(np.sum(objectives <= objectives[best] * (1 + AGREE) + 1e-18))
+    gradient = float(solved.gradient[best])
+    converged = gradient <= GRADIENT and (agreeing >= 2 or len(starts) == 1)
+    message = f"{agreeing} of {len(starts)} starts reach the same minimum; projected gradient {gradient:.1e}"
     if not converged:
         message += f"; NOT CONVERGED (a gradient of at most {GRADIENT:.0e} and 2 agreeing starts are asked for)"
-    evaluations = sum(count for _, count in results)
+    convergence = Convergence(converged, len(starts), agreeing, gradient, solved.steps, message)
+    return _fit(points, task, solved.theta[best], float(objectives[best]), delta, convergence)
+
+
+def fit_projected(points: Points, *, form: Form = CHINCHILLA) -> Fit:
+    """The fit of variable projection alone: least squares of relative errors. Its objective is half the sum of
+    their squares, and its residuals are those of log loss as everywhere."""
+    check_points(points, form=form)
+    task = problem(points, form=form, delta=float("inf"))
+    found = projection.starts(form, inputs=task.inputs, loss=points.loss, scale=task.scale, count=1)[0]
+    theta = np.clip(found, task.low, task.high)
+    residuals = np.expm1(_residuals(points, task, theta))
+    message = "a search over the exponents alone; the other numbers are the best for them"
+    convergence = Convergence(True, 1, 1, float("nan"), 0, message)
+    return _fit(points, task, theta, float(0.5 * residuals @ residuals), float("inf"), convergence)
+
+
+def _fit(
+    points: Points, task: Problem, theta: np.ndarray, objective: float, delta: float, convergence: Convergence
+) -> Fit:
     return Fit(
-        law=problem.law(theta),
-        objective=best,
+        law=as_law(task.form, theta, task.scale),
+        form=task.form,
+        points=points,
+        objective=objective,
         delta=delta,
-        residuals=tuple(float(r) for r in problem.residuals(theta)),
-        convergence=Convergence(converged, len(results), agreeing, gradient, evaluations, message),
-        not_identified=problem.not_identified(theta),
+        residuals=tuple(_residuals(points, task, theta).tolist()),
+        convergence=convergence,
+        not_identified=task.form.not_identified(theta, np.log(points.loss)),
+        theta=theta,
     )
 
 
-def check_points(points: Points) -> None:
-    """Raises UserError where there are too few points for five numbers."""
-    params, tokens = len(np.unique(points.params)), len(np.unique(points.tokens))
-    if len(points) < FEWEST_RUNS:
+def as_law(form: Form, theta: np.ndarray, scale: np.ndarray) -> Any:
+    """The law of one theta [K] (numbers are floats), or of many, [..., K] (numbers are arrays)."""
+    with jax.enable_x64(True):
+        found = _law(form, np.moveaxis(np.asarray(theta, float), -1, 0), scale)
+        plain = {name: np.asarray(value)[()] for name, value in numbers(found).items()}
+    if np.ndim(theta) == 1:
+        plain = {name: float(value) for name, value in plain.items()}
+    return form.law_type(**plain)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _law(form: Form, theta: Any, scale: Any) -> Any:
+    return form.law(theta, scale)
+
+
+def _residuals(points: Points, task: Problem, theta: np.ndarray) -> np.ndarray:
+    law = as_law(task.form, theta, task.scale)
+    return np.log(law.loss(**task.inputs)) - np.log(points.loss)
+
+
+def check_points(points: Points, *, form: Form = CHINCHILLA) -> None:
+    """Raises UserError where there are too few points for the law's numbers."""
+    inputs = points.inputs(form)
+    if len(points) <= form.size:
         raise UserError(
-            f"The law has 5 numbers and needs at least {FEWEST_RUNS} finished runs; there are {len(points)}: "
-            "run more of the ladder."
+            f"The law has {form.size} numbers and needs at least {form.size + 1} finished runs; there are "
+            f"{len(points)}: run more of the ladder."
         )
-    if min(params, tokens) < 3:
+    distinct = {name: len(np.unique(value)) for name, value in inputs.items()}
+    if any(count < FEWEST_VALUES for name, count in distinct.items() if name != "unique_tokens"):
+        needed = " and ".join(f"{FEWEST_VALUES} {WORDS[name]}" for name in inputs if name != "unique_tokens")
+        found = " and ".join(str(count) for name, count in distinct.items() if name != "unique_tokens")
         raise UserError(
-            f"The law needs at least 3 model sizes and 3 lengths of training; the {len(points)} finished "
-            f"runs have {params} and {tokens}: run more sizes at more budgets."
+            f"The law needs at least {needed}; the {len(points)} finished runs have {found}: run more sizes at more "
+            "budgets."
         )
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A bootstrap interval of a quantity: 2.5th and 97.5th percentile."""
-
-    low: float
-    high: float
-
-
-def bootstrap(points: Points, *, fit: Fit, resamples: int = 200, seed: int = 0) -> dict[str, Interval]:
-    """95% percentile intervals of the law's numbers, from fits to runs drawn with replacement, started at
-    ``fit``.
-
-    Draws with too few distinct runs are drawn again. Few runs make such intervals too narrow, not too wide.
-    """
-    check_points(points)
-    generator, laws = np.random.default_rng(seed), []
-    while len(laws) < resamples:
-        index = generator.integers(0, len(points), len(points))
-        drawn = points.take(index)
-        if len(np.unique(index)) < FEWEST_RUNS or min(len(set(drawn.params)), len(set(drawn.tokens))) < 3:
-            if len(points) == FEWEST_RUNS:  # every draw repeats a run: leave-out is all there is
-                return {}
-            continue
-        problem = _Problem(drawn, fit.delta)
-        laws.append(problem.law(problem.solve(problem.theta(fit.law), iterations=60)[0]))
-    return {
-        name: Interval(*(float(v) for v in np.percentile([getattr(law, name) for law in laws], [2.5, 97.5])))
-        for name in ("E", "A", "B", "alpha", "beta")
-    }
-
-
-class _Problem:
-    """The fit in well-scaled coordinates: theta = (log of each term at the centre of the runs, alpha, beta).
-
-    terms = exp(a - alpha n), exp(b - beta d), exp(e), with n and d the centred logs of params and tokens, so
-    that levels and exponents are nearly independent of one another.
-    """
-
-    def __init__(self, points: Points, delta: float) -> None:
-        self.delta = delta
-        self.log_loss = np.log(points.loss)
-        self.centre_n, self.centre_d = np.log(points.params).mean(), np.log(points.tokens).mean()
-        self.n, self.d = np.log(points.params) - self.centre_n, np.log(points.tokens) - self.centre_d
-        level = float(self.log_loss.mean())
-        least = level + math.log(SMALLEST_SHARE)
-        most = float(self.log_loss.max()) + 1.0
-        self.low = np.array([least, least, least, EXPONENTS[0], EXPONENTS[0]])
-        self.high = np.array([most, most, float(self.log_loss.min()), EXPONENTS[1], EXPONENTS[1]])
-
-    # --- coordinates
-
-    def law(self, theta: np.ndarray) -> Chinchilla:
-        a, b, e, alpha, beta = (float(t) for t in theta)
-        return Chinchilla(
-            E=math.exp(e),
-            A=math.exp(a + alpha * self.centre_n),
-            B=math.exp(b + beta * self.centre_d),
-            alpha=alpha,
-            beta=beta,
-        )
-
-    def theta(self, law: Chinchilla) -> np.ndarray:
-        a = math.log(max(law.A, 1e-300)) - law.alpha * self.centre_n
-        b = math.log(max(law.B, 1e-300)) - law.beta * self.centre_d
-        return self.clip(np.array([a, b, math.log(max(law.E, 1e-300)), law.alpha, law.beta]))
-
-    def clip(self, theta: np.ndarray) -> np.ndarray:
-        return np.clip(theta, self.low, self.high)
-
-    # --- residuals and objective
-
-    def parts(self, theta: np.ndarray) -> np.ndarray:
-        a, b, e, alpha, beta = theta
-        return np.stack([a - alpha * self.n, b - beta * self.d, np.full_like(self.n, e)])
-
-    def residuals(self, theta: np.ndarray) -> np.ndarray:
-        parts = self.parts(theta)
-        top = parts.max(axis=0)
-        return top + np.log(np.exp(parts - top).sum(axis=0)) - self.log_loss
-
-    def jacobian(self, theta: np.ndarray) -> np.ndarray:
-        share = self.shares(theta)
-        return np.stack([share[0], share[1], share[2], -share[0] * self.n, -share[1] * self.d], axis=1)
-
-    def shares(self, theta: np.ndarray) -> np.ndarray:
-        """Each term's share of the predicted loss, [3, points]."""
-        parts = self.parts(theta)
-        share = np.exp(parts - parts.max(axis=0))
-        return share / share.sum(axis=0)
-
-    def objective(self, theta: np.ndarray) -> float:
-        size = np.abs(self.residuals(theta))
-        huber = np.where(size <= self.delta, 0.5 * size**2, self.delta * (size - 0.5 * self.delta))
-        return float(huber.sum())
-
-    def gradient(self, theta: np.ndarray) -> np.ndarray:
-        return self.jacobian(theta).T @ np.clip(self.residuals(theta), -self.delta, self.delta)
-
-    def projected_gradient(self, theta: np.ndarray) -> float:
-        """The largest derivative that bounds do not stop, over delta and the number of points."""
-        gradient = self.gradient(theta)
-        stopped = ((theta <= self.low + 1e-6) & (gradient > 0)) | ((theta >= self.high - 1e-6) & (gradient < 0))
-        return float(np.max(np.abs(np.where(stopped, 0.0, gradient)))) / (self.delta * len(self.log_loss))
-
-    # --- search
-
-    def solve(self, start: np.ndarray, *, iterations: int = 400) -> tuple[np.ndarray, int]:
-        """A minimum near ``start`` and the evaluations it took: damped Newton steps inside the bounds.
-
-        The damping adds a multiple of the reweighted Gauss-Newton matrix, which lies above the Huber loss's
-        curvature: a large multiple gives a short step of reweighted least squares, none gives Newton's.
-        """
-        theta, damping, evaluations = self.clip(start), 1.0, 0
-        value = self.objective(theta)
-        for _ in range(iterations):
-            gradient, newton, reweighted = self.derivatives(theta)
-            free = ~(((theta <= self.low) & (gradient > 0)) | ((theta >= self.high) & (gradient < 0)))
-            if not free.any() or np.max(np.abs(gradient[free])) < 1e-13 * self.delta * len(self.log_loss):
-                break
-            accepted = False
-            while not accepted and damping < 1e12:
-                matrix = (newton + damping * reweighted)[np.ix_(free, free)]
-                evaluations += 1
-                if np.linalg.eigvalsh(matrix)[0] > 0:
-                    trial = theta.copy()
-                    trial[free] -= np.linalg.solve(matrix, gradient[free])
-                    trial = np.clip(trial, self.low, self.high)
-                    trial_value = self.objective(trial)
-                    accepted = trial_value < value
-                damping = damping / 6 if accepted else max(damping, 1e-10) * 4
-            if not accepted:
-                break
-            theta, value = trial, trial_value
-        return theta, evaluations
-
-    def derivatives(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Gradient, Hessian and reweighted Gauss-Newton matrix of the objective."""
-        residuals, jacobian, shares = self.residuals(theta), self.jacobian(theta), self.shares(theta)
-        clipped = np.clip(residuals, -self.delta, self.delta)
-        weight = np.minimum(1.0, self.delta / np.maximum(np.abs(residuals), 1e-300))
-        gauss_newton = jacobian.T @ (jacobian * (np.abs(residuals) <= self.delta)[:, None])
-        zero, one = np.zeros_like(self.n), np.ones_like(self.n)
-        curvature = -jacobian.T @ (jacobian * clipped[:, None])
-        for share, row in zip(
-            shares,
-            (
-                (one, zero, zero, -self.n, zero),
-                (zero, one, zero, zero, -self.d),
-                (zero, zero, one, zero, zero),
-            ),
-            strict=True,
-        ):
-            direction = np.stack(row, axis=1)
-            curvature += direction.T @ (direction * (clipped * share)[:, None])
-        reweighted = jacobian.T @ (jacobian * weight[:, None])
-        reweighted += 1e-12 * max(np.trace(reweighted), 1e-300) * np.eye(5)
-        return jacobian.T @ clipped, gauss_newton + curvature, reweighted
-
-    def starts(self, count: int) -> list[np.ndarray]:
-        """Variable projection's best, then the best of the exponents around it, apart from one another."""
-        best = minimize(
-            lambda exponents: self.project(*np.clip(exponents, *EXPONENTS))[0],
-            self.coarse()[0][1],
-            method="Nelder-Mead",
-            options={"xatol": 1e-6, "fatol": 1e-12, "maxiter": 300},
-        )
-        chosen = [np.clip(best.x, *EXPONENTS)]
-        for _, exponents in self.coarse():
-            if len(chosen) >= count:
-                break
-            if all(np.max(np.abs(np.log(exponents / other))) > 0.3 for other in chosen[1:]):
-                chosen.append(exponents)
-        return [self.project(*exponents)[1] for exponents in chosen]
-
-    def coarse(self) -> list[tuple[float, np.ndarray]]:
-        """(squared error, exponents) over a grid of alpha and beta, best first."""
-        values = np.geomspace(0.05, 1.5, 13)
-        grid = [np.array([alpha, beta]) for alpha in values for beta in values]
-        return sorted(((self.project(*point)[0], point) for point in grid), key=lambda pair: pair[0])
-
-    def project(self, alpha: float, beta: float) -> tuple[float, np.ndarray]:
-        """With alpha and beta fixed the loss is linear in E, A and B: the best non-negative ones, by
-        relative error."""
-        weight = np.exp(-self.log_loss)
-        columns = np.stack([np.exp(-alpha * self.n), np.exp(-beta * self.d), np.ones_like(self.n)], axis=1)
-        levels, error = nnls(columns * weight[:, None], np.ones_like(weight))
-        floor = np.exp(self.low[:3])
-        return float(error**2), self.clip(np.concatenate([np.log(np.maximum(levels, floor)), [alpha, beta]]))
-
-    # --- what the points do not say
-
-    def not_identified(self, theta: np.ndarray) -> tuple[str, ...]:
-        zero = np.exp(theta[:3] - self.log_loss.mean()) < 1e-3
-        found = [sentence for is_zero, sentence in zip(zero, ZERO_TERM, strict=True) if is_zero]
-        for name, value, term_is_zero in zip(("alpha", "beta"), theta[3:], zero[:2], strict=True):
-            if not term_is_zero and not EXPONENTS[0] * 1.01 < value < EXPONENTS[1] * 0.99:
-                found.append(f"{name} is not identified: it stands at the bound {value:.3g} of its search.")
-        return tuple(found)

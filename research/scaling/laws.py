@@ -1,58 +1,260 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scaling laws as small pure functions: loss from params and tokens, and the best use of a compute budget."""
+"""Scaling laws as small pure functions: named numbers in, loss out. One frozen dataclass for each law.
 
-import math
-from collections.abc import Callable
+The numbers may be floats or arrays (a thousand bootstrap laws are one law whose numbers are arrays); so may the inputs,
+by the rules of broadcasting. With NumPy or plain numbers the arithmetic is NumPy's, in float64; under a JAX
+transformation it is JAX's. Losses are in nats per token; counts are single parameters, tokens, FLOPs, experts.
+"""
+
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from research.core.types import UserError
 
-FlopsPerToken = Callable[[float], float]
-SMALLEST, LARGEST = 1.0, 1e16  # where an optimum is looked for, params
+Cls = TypeVar("Cls", bound=type)
 
 
-@dataclass(frozen=True)
+class Law(Protocol):
+    """A frozen dataclass of numbers; ``INPUTS`` names what ``loss`` is a function of."""
+
+    INPUTS: ClassVar[tuple[str, ...]]
+
+    def loss(self, **inputs: Any) -> Any: ...
+
+
+def law(cls: Cls) -> Cls:
+    """Makes a class a frozen dataclass of numbers that JAX can map over."""
+    cls = dataclass(frozen=True)(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+
+
+def numbers(of: Law) -> dict[str, Any]:
+    """The law's numbers by name."""
+    return {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
+
+
+def _arithmetic(*values: Any) -> Any:
+    """JAX's functions where a value is JAX's, else NumPy's: those would round float64 to float32."""
+    return jnp if any(isinstance(value, jax.Array) for value in values) else np
+
+
+@law
 class Chinchilla:
-    """loss = E + A / params^alpha + B / tokens^beta (Hoffmann et al. 2022, eq. 2), nats per token."""
+    """loss = E + A / params^alpha + B / tokens^beta (Hoffmann et al. 2022, eq. 2)."""
 
-    E: float
-    A: float
-    B: float
-    alpha: float
-    beta: float
+    INPUTS = ("params", "tokens")
+
+    E: Any
+    A: Any
+    B: Any
+    alpha: Any
+    beta: Any
 
     def loss(self, *, params: Any, tokens: Any) -> Any:
-        """Predicted loss, nats per token; numbers or arrays that broadcast."""
-        return self.E + self.A / np.power(params, self.alpha) + self.B / np.power(tokens, self.beta)
+        return self.E + self.A * params**-self.alpha + self.B * tokens**-self.beta
+
+    @property
+    def params_in_compute(self) -> Any:
+        """a of params ~ C^a on the frontier where FLOPs go as params x tokens (Hoffmann et al. 2022, eq. 4)."""
+        return self.beta / (self.alpha + self.beta)
+
+    def frontier_params(self, tokens: Any) -> Any:
+        """The params whose compute-optimal training, at 6 FLOPs per param and token, takes ``tokens``."""
+        return (self.alpha * self.A * tokens**self.beta / (self.beta * self.B)) ** (1 / self.alpha)
 
     def __str__(self) -> str:
         size, data = f"{self.A:.4g} / params^{self.alpha:.4g}", f"{self.B:.4g} / tokens^{self.beta:.4g}"
         return f"loss = {self.E:.4g} + {size} + {data}"
 
 
-@dataclass(frozen=True)
-class PowerLaw:
-    """y = coefficient * x^exponent."""
+@law
+class Kaplan:
+    """loss = ((N_c / params)^(alpha_N / alpha_D) + D_c / tokens)^alpha_D (Kaplan et al. 2020, eq. 1.5).
 
-    coefficient: float
-    exponent: float
+    params are those outside embedding tables. There is no floor: the loss falls to zero.
+    """
+
+    INPUTS = ("params", "tokens")
+
+    N_c: Any
+    D_c: Any
+    alpha_N: Any
+    alpha_D: Any
+
+    def loss(self, *, params: Any, tokens: Any) -> Any:
+        return ((self.N_c / params) ** (self.alpha_N / self.alpha_D) + self.D_c / tokens) ** self.alpha_D
+
+
+@law
+class DataConstrained:
+    """The Chinchilla law of effective params and tokens, where a corpus is repeated (Muennighoff et al. 2023,
+    section 3).
+
+    effective tokens = U + U R_D (1 - exp(-R / R_D)) with U unique tokens and R = tokens / U - 1 repetitions; effective
+    params likewise, beyond the params that are compute-optimal for U, with R_N. R_D: the repetitions after which new
+    ones are worth 1/e of fresh tokens.
+    """
+
+    INPUTS = ("params", "tokens", "unique_tokens")
+
+    E: Any
+    A: Any
+    B: Any
+    alpha: Any
+    beta: Any
+    R_D: Any
+    R_N: Any
+
+    @property
+    def fresh(self) -> Chinchilla:
+        """The law of tokens that are all unique, and of models no larger than they are worth."""
+        return Chinchilla(E=self.E, A=self.A, B=self.B, alpha=self.alpha, beta=self.beta)
+
+    def effective(self, *, params: Any, tokens: Any, unique_tokens: Any) -> tuple[Any, Any]:
+        """(params, tokens) that would give the same loss with all tokens unique."""
+        lib = _arithmetic(params, tokens, unique_tokens, *numbers(self).values())
+        unique = lib.minimum(unique_tokens, tokens)
+        worth = lib.minimum(self.fresh.frontier_params(unique), params)
+
+        def saturated(amount: Any, base: Any, times: Any) -> Any:
+            return base * (1 - times * lib.expm1(-(amount / base - 1) / times))
+
+        return saturated(params, worth, self.R_N), saturated(tokens, unique, self.R_D)
+
+    def loss(self, *, params: Any, tokens: Any, unique_tokens: Any) -> Any:
+        params, tokens = self.effective(params=params, tokens=tokens, unique_tokens=unique_tokens)
+        return self.fresh.loss(params=params, tokens=tokens)
+
+
+@law
+class OverTraining:
+    """loss = E + (a M^eta + b M^-eta) C^-eta with M = tokens / params and C = 6 params tokens (Gadre et al. 2024,
+    section 2).
+
+    The Chinchilla law with alpha = beta = 2 eta: on a line of constant M the loss is a power law in compute, and
+    training past the optimum moves the line, not its slope.
+    """
+
+    INPUTS = ("params", "tokens")
+
+    E: Any
+    a: Any
+    b: Any
+    eta: Any
+
+    def loss(self, *, params: Any, tokens: Any) -> Any:
+        ratio, flops = tokens / params, 6 * params * tokens
+        return self.E + (self.a * ratio**self.eta + self.b * ratio**-self.eta) * flops**-self.eta
+
+    def as_chinchilla(self) -> Chinchilla:
+        """The same function in the five numbers of the Chinchilla law."""
+        exponent = 2 * self.eta
+        scale = 6.0**-self.eta
+        return Chinchilla(E=self.E, A=self.a * scale, B=self.b * scale, alpha=exponent, beta=exponent)
+
+
+@law
+class RoutedExperts:
+    """log10 loss = a log10 N + b log10 X + c log10 N log10 X + d (Clark et al. 2022, section 5), N the params that
+    a token goes through in a dense model of the same width and depth, and X a saturating count of experts:
+    1 / X = 1 / (experts - 1 + 1 / (1 / E_start - 1 / E_max)) + 1 / E_max.
+    """
+
+    INPUTS = ("params", "experts")
+
+    a: Any
+    b: Any
+    c: Any
+    d: Any
+    E_start: Any
+    E_max: Any
+
+    def effective_experts(self, experts: Any) -> Any:
+        """X: E_start for a dense model (one expert), and never above E_max."""
+        start = 1 / (1 / self.E_start - 1 / self.E_max)
+        return 1 / (1 / (experts - 1 + start) + 1 / self.E_max)
+
+    def loss(self, *, params: Any, experts: Any) -> Any:
+        lib = _arithmetic(params, experts, *numbers(self).values())
+        size, count = lib.log10(params), lib.log10(self.effective_experts(experts))
+        return 10.0 ** (self.a * size + self.b * count + self.c * size * count + self.d)
+
+    def effective_params(self, *, params: Any, experts: Any) -> Any:
+        """Params of the dense model with the same loss (Clark et al. 2022: effective parameter count)."""
+        lib = _arithmetic(params, experts, *numbers(self).values())
+        dense, count = (lib.log10(self.effective_experts(n)) for n in (1.0, experts))
+        size = ((self.a + self.c * count) * lib.log10(params) + self.b * (count - dense)) / (self.a + self.c * dense)
+        return 10.0**size
+
+
+@law
+class FineGrainedExperts:
+    """loss = c + (g / granularity^gamma + a) / params^alpha + b / tokens^beta (Krajewski et al. 2024, the joint law).
+
+    granularity: d_ff of the dense layer over that of one expert. params are all of the model, at one rate of
+    expansion (total over active), to which the numbers belong.
+    """
+
+    INPUTS = ("params", "tokens", "granularity")
+
+    c: Any
+    g: Any
+    gamma: Any
+    a: Any
+    alpha: Any
+    b: Any
+    beta: Any
+
+    def loss(self, *, params: Any, tokens: Any, granularity: Any) -> Any:
+        size = self.g * granularity**-self.gamma + self.a
+        return self.c + size * params**-self.alpha + self.b * tokens**-self.beta
+
+
+@law
+class SaturatingPowerLaw:
+    """loss = E + k / flops^gamma: the loss of the best model of each budget (Henighan et al. 2020, section 1)."""
+
+    INPUTS = ("flops",)
+
+    E: Any
+    k: Any
+    gamma: Any
+
+    def loss(self, *, flops: Any) -> Any:
+        return self.E + self.k * flops**-self.gamma
+
+
+@law
+class PowerLaw:
+    """y = coefficient x^exponent."""
+
+    coefficient: Any
+    exponent: Any
 
     def __call__(self, x: Any) -> Any:
-        return self.coefficient * np.power(x, self.exponent)
+        return self.coefficient * x**self.exponent
 
 
-@dataclass(frozen=True)
-class Allocation:
-    """How a budget is spent: a model of ``params`` on ``tokens``, with the loss that a law expects (nats per
-    token)."""
-
-    flops: float
-    params: float
-    tokens: float
-    loss: float
+# What the papers found: to compare with, and to start from. None of them holds for another corpus or tokenizer.
+HOFFMANN = Chinchilla(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # Hoffmann et al. 2022, eq. 10; not its optimum:
+BESIROGLU = Chinchilla(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)  # Besiroglu et al. 2024
+KAPLAN = Kaplan(N_c=6.4e13, D_c=1.8e13, alpha_N=0.076, alpha_D=0.103)  # Kaplan et al. 2020, table 2
+KAPLAN_PARAMS = PowerLaw(1.3e9 * 8.64e19**-0.73, 0.73)  # Kaplan et al. 2020, table 6: 1.3e9 (C / PF-day)^0.73
+HOFFMANN_PARAMS = (0.50, 0.49, 0.46)  # exponents of params in compute by approaches 1 to 3; Hoffmann et al., table 2
+MUENNIGHOFF = DataConstrained(
+    E=float(np.exp(0.6254804)), A=float(np.exp(6.255414)), B=float(np.exp(7.3049974)), alpha=0.3526596,
+    beta=0.3526596, R_D=15.387756, R_N=5.309743,
+)  # fmt: skip
+CLARK_S_BASE = RoutedExperts(a=-0.082, b=-0.108, c=0.009, d=1.104, E_start=1.847, E_max=314.478)  # Clark et al., table 3
+KRAJEWSKI = FineGrainedExperts(c=0.47, g=2.1, gamma=0.58, a=18.1, alpha=0.115, b=30.8, beta=0.147)  # Krajewski et al.
+DEEPSEEK_LEARNING_RATE = PowerLaw(0.3118, -0.1250)  # Bi et al. 2024 (DeepSeek LLM), section 3.1
+DEEPSEEK_BATCH_TOKENS = PowerLaw(0.2920, 0.3271)
 
 
 def fit_power_law(x: Any, *, y: Any) -> PowerLaw:
@@ -67,59 +269,3 @@ def fit_power_law(x: Any, *, y: Any) -> PowerLaw:
     centre = log_x.mean()
     exponent, level = np.polyfit(log_x - centre, np.log(y), 1)
     return PowerLaw(coefficient=float(np.exp(level - exponent * centre)), exponent=float(exponent))
-
-
-def six_per_param(params: float) -> float:
-    """6 FLOPs per parameter and training token (Kaplan et al. 2020, section 2.1)."""
-    return 6.0 * params
-
-
-def closed_form_optimum(law: Chinchilla, *, flops: float) -> Allocation:
-    """The compute-optimal allocation under flops = 6 params tokens (Hoffmann et al. 2022, eq. 4)."""
-    balance = (law.alpha * law.A / (law.beta * law.B)) ** (1 / (law.alpha + law.beta))
-    params = balance * (flops / 6) ** (law.beta / (law.alpha + law.beta))
-    tokens = flops / (6 * params)
-    return Allocation(flops, params, tokens, float(law.loss(params=params, tokens=tokens)))
-
-
-def optimum(law: Chinchilla, *, flops: float, flops_per_token: FlopsPerToken = six_per_param) -> Allocation:
-    """The params that minimise the law's loss when a budget is spent at ``flops_per_token(params)``.
-
-    ``flops_per_token`` may be any increasing function of params (attention and head included). Raises
-    UserError for a budget that is not positive, or where the law sees no trade-off between params and tokens.
-    """
-    if not (math.isfinite(flops) and flops > 0):
-        raise UserError(f"A budget must be a positive number of FLOPs; given {flops}.")
-
-    def loss(log_params: float) -> float:
-        params = math.exp(log_params)
-        return float(law.loss(params=params, tokens=flops / flops_per_token(params)))
-
-    grid = np.linspace(math.log(SMALLEST), math.log(LARGEST), 257)
-    best = int(np.argmin([loss(point) for point in grid]))
-    if best in (0, len(grid) - 1):
-        raise UserError(
-            f"The law ({law}) has no compute-optimal model size at {flops:.3g} FLOPs: its loss only falls "
-            f"towards {'smaller' if best == 0 else 'larger'} models, so fit it on runs that bracket the "
-            "optimum."
-        )
-    params = math.exp(_golden_section(loss, low=grid[best - 1], high=grid[best + 1]))
-    tokens = flops / flops_per_token(params)
-    return Allocation(flops, params, tokens, float(law.loss(params=params, tokens=tokens)))
-
-
-def _golden_section(function: Callable[[float], float], *, low: float, high: float) -> float:
-    """The minimum of a function with one valley between low and high, to about 1e-8."""
-    ratio = (math.sqrt(5) - 1) / 2
-    left, right = high - ratio * (high - low), low + ratio * (high - low)
-    at_left, at_right = function(left), function(right)
-    while high - low > 1e-9:
-        if at_left < at_right:
-            high, right, at_right = right, left, at_left
-            left = high - ratio * (high - low)
-            at_left = function(left)
-        else:
-            low, left, at_left = left, right, at_right
-            right = low + ratio * (high - low)
-            at_right = function(right)
-    return (low + high) / 2

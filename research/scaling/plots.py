@@ -17,7 +17,7 @@ from research.scaling.effective import Comparison, kind_name
 from research.scaling.fit import Fit
 from research.scaling.isoflop import IsoFlop, by_budget
 from research.scaling.ladder import short_count
-from research.scaling.laws import FlopsPerToken, optimum
+from research.scaling.allocation import FlopsPerToken, optimum
 from research.scaling.recommend import HeldOut
 from research.scaling.table import ParameterCount, Run
 

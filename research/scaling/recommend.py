@@ -15,7 +15,8 @@ import numpy as np
 from research.core.types import UserError
 from research.scaling.fit import Fit, Points, fit_law
 from research.scaling.isoflop import IsoFlop, by_budget
-from research.scaling.laws import Chinchilla, FlopsPerToken, fit_power_law, optimum
+from research.scaling.allocation import FlopsPerToken, optimum
+from research.scaling.laws import Chinchilla
 from research.scaling.table import ParameterCount, Run
 
 WITHIN = 0.03
@@ -185,45 +186,6 @@ def hold_out(runs: Iterable[Run], *, parameters: ParameterCount = "total", delta
     )
     carried = min(kept[-1], key=lambda run: run.loss)
     return HeldOut(_mean_flops(last), fit, predictions, _mean_flops(kept[-1]), float(carried.loss))
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """Training FLOPs per token: a sum of coefficient * params^exponent. largest_error: the worst relative
-    error over the runs it was made from."""
-
-    terms: tuple[tuple[float, float], ...]
-    largest_error: float
-
-    def __call__(self, params: float) -> float:
-        return float(sum(coefficient * params**exponent for coefficient, exponent in self.terms))
-
-
-def cost_model(runs: Iterable[Run], *, parameters: ParameterCount = "total") -> CostModel:
-    """FLOPs per token of models between and beyond the runs' sizes (attention and head included).
-
-    Either one power law, or params + params^(2/3) + params^(1/3), whichever lies nearer: where depth grows
-    with width these are the costs of weights, of attention scores and of the head. Raises UserError for
-    fewer than two sizes.
-    """
-    from scipy.optimize import nnls
-
-    good = [run for run in runs if run.problem is None]
-    sizes = np.array([run.count(parameters) for run in good], float)
-    per_token = np.array([run.flops / run.tokens for run in good], float)
-    law = fit_power_law(sizes, y=per_token)
-    exponents = (1.0, 2 / 3, 1 / 3)
-    columns = np.stack([sizes**exponent / per_token for exponent in exponents], axis=1)
-    scale = columns.max(axis=0)
-    coefficients = nnls(columns / scale, np.ones_like(per_token))[0] / scale
-    models = []
-    for terms in (
-        ((law.coefficient, law.exponent),),
-        tuple(zip(coefficients.tolist(), exponents, strict=True)),
-    ):
-        errors = [CostModel(terms, 0.0)(size) / flops - 1 for size, flops in zip(sizes, per_token, strict=True)]
-        models.append(CostModel(terms, float(np.max(np.abs(errors)))))
-    return min(models, key=lambda model: model.largest_error)
 
 
 def _mean_flops(runs: list[Run]) -> float:

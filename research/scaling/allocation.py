@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The best use of a compute budget under a law: how large a model, on how many tokens.
+
+Compute-optimal by any cost of a token; with the tokens a model will serve in its life counted in (Sardana et al. 2024);
+with a corpus that must be repeated (Muennighoff et al. 2023).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.core.types import UserError
+from research.scaling.laws import MUENNIGHOFF, Chinchilla, DataConstrained, fit_power_law, numbers
+from research.scaling.table import ParameterCount, Run
+
+FlopsPerToken = Callable[[Any], Any]  # training FLOPs of a token as a function of params; plain arithmetic
+SMALLEST, LARGEST = 1.0, 1e16  # where an optimum is looked for, params
+COARSE, FINE, ZOOMS = 513, 33, 4  # points of the search: over everything, then four times around the best
+FORWARD = 1 / 3  # of a token's training FLOPs: what serving it costs, without its gradient
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How a budget is spent: a model of ``params`` on ``tokens``, with the loss that a law expects (nats per
+    token). Numbers, or arrays of one shape."""
+
+    flops: Any
+    params: Any
+    tokens: Any
+    loss: Any
+
+
+def six_per_param(params: Any) -> Any:
+    """6 FLOPs per parameter and training token (Kaplan et al. 2020, section 2.1)."""
+    return 6.0 * params
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["terms"], meta_fields=["largest_error"])
+@dataclass(frozen=True)
+class CostModel:
+    """Training FLOPs per token: a sum of coefficient * params^exponent. largest_error: the worst relative
+    error over the runs it was made from."""
+
+    terms: tuple[tuple[float, float], ...]
+    largest_error: float
+
+    def __call__(self, params: Any) -> Any:
+        return sum(coefficient * params**exponent for coefficient, exponent in self.terms)
+
+
+def cost_model(runs: Iterable[Run], *, parameters: ParameterCount = "total") -> CostModel:
+    """FLOPs per token of models between and beyond the runs' sizes (attention and head included).
+
+    Either one power law, or params + params^(2/3) + params^(1/3), whichever lies nearer: where depth grows
+    with width these are the costs of weights, of attention scores and of the head. Raises UserError for
+    fewer than two sizes.
+    """
+    from scipy.optimize import nnls
+
+    good = [run for run in runs if run.problem is None]
+    sizes = np.array([run.count(parameters) for run in good], float)
+    per_token = np.array([run.flops / run.tokens for run in good], float)
+    law = fit_power_law(sizes, y=per_token)
+    exponents = (1.0, 2 / 3, 1 / 3)
+    columns = np.stack([sizes**exponent / per_token for exponent in exponents], axis=1)
+    scale = columns.max(axis=0)
+    coefficients = nnls(columns / scale, np.ones_like(per_token))[0] / scale
+    models = []
+    for terms in (
+        ((law.coefficient, law.exponent), (0.0, 1.0), (0.0, 1.0)),
+        tuple(zip(coefficients.tolist(), exponents, strict=True)),
+    ):
+        errors = CostModel(terms, 0.0)(sizes) / per_token - 1
+        models.append(CostModel(terms, float(np.max(np.abs(errors)))))
+    return min(models, key=lambda model: model.largest_error)
+
+
+def closed_form_optimum(law: Chinchilla, *, flops: float) -> Allocation:
+    """The compute-optimal allocation under flops = 6 params tokens (Hoffmann et al. 2022, eq. 4)."""
+    balance = (law.alpha * law.A / (law.beta * law.B)) ** (1 / (law.alpha + law.beta))
+    params = balance * (flops / 6) ** (law.beta / (law.alpha + law.beta))
+    tokens = flops / (6 * params)
+    return Allocation(flops, params, tokens, law.loss(params=params, tokens=tokens))
+
+
+def optimum(
+    law: Any, *, flops: float, flops_per_token: FlopsPerToken = six_per_param, unique_tokens: float | None = None
+) -> Allocation:
+    """The params that minimise the law's loss when a budget is spent at ``flops_per_token(params)``.
+
+    law: of params and tokens, and of unique_tokens where it is data-constrained. flops_per_token: any increasing
+    function of params (attention and head included). Raises UserError for a budget that is not positive, or where
+    the law sees no trade-off between params and tokens.
+    """
+    check_flops(flops)
+    found = optima(law, flops=np.array([float(flops)]), flops_per_token=flops_per_token, unique_tokens=unique_tokens)
+    if not math.isfinite(found.params[0]):
+        side = "smaller" if _falls_towards_smaller(law, flops, flops_per_token, unique_tokens) else "larger"
+        raise UserError(
+            f"The law ({law}) has no compute-optimal model size at {flops:.3g} FLOPs: its loss only falls "
+            f"towards {side} models, so fit it on runs that bracket the optimum."
+        )
+    return Allocation(float(flops), float(found.params[0]), float(found.tokens[0]), float(found.loss[0]))
+
+
+def check_flops(flops: float) -> None:
+    if not (math.isfinite(flops) and flops > 0):
+        raise UserError(f"A budget must be a positive number of FLOPs; given {flops}.")
+
+
+def optima(
+    laws: Any,
+    *,
+    flops: np.ndarray,
+    flops_per_token: FlopsPerToken = six_per_param,
+    unique_tokens: float | None = None,
+) -> Allocation:
+    """The optimum at each budget [C] for one law, or for many whose numbers are arrays [R]: arrays [C], or [R, C].
+
+    NaN where a law has no optimum.
+    """
+    others = {} if unique_tokens is None else {"unique_tokens": float(unique_tokens)}
+    flops = np.atleast_1d(np.asarray(flops, float))
+    with jax.enable_x64(True):
+        cost = as_tree(flops_per_token)
+        leaves = [np.asarray(value, float) for value in numbers(laws).values()]
+        many = leaves[0].ndim > 0
+        stacked = jax.tree.map(lambda value: np.atleast_1d(np.asarray(value, float)), laws)
+        size = np.asarray(_optima(stacked, flops, cost, others))
+        params = np.exp(size)
+        tokens = flops / np.vectorize(flops_per_token, otypes=[float])(params)
+    columns = jax.tree.map(lambda value: value[:, None], stacked)
+    loss = np.asarray(columns.loss(params=params, tokens=tokens, **others))
+    pick = (lambda value: value) if many else (lambda value: value[0])
+    return Allocation(np.broadcast_to(flops, params.shape) if many else flops, pick(params), pick(tokens), pick(loss))
+
+
+def as_tree(flops_per_token: FlopsPerToken) -> Any:
+    """A cost that can be handed to a compiled function: a CostModel's numbers, or a function as it is."""
+    return flops_per_token if isinstance(flops_per_token, CostModel) else jax.tree_util.Partial(flops_per_token)
+
+
+@jax.jit
+def _optima(laws: Any, flops: Any, cost: Any, others: Any) -> Any:
+    one = functools.partial(log_optimal_params, cost=cost, others=others)
+    return jax.vmap(lambda law: jax.vmap(lambda budget: one(law, budget))(flops))(laws)
+
+
+def log_optimal_params(law: Any, flops: Any, *, cost: FlopsPerToken, others: Any) -> Any:
+    """Log of the compute-optimal params, under a JAX transformation; NaN where the best lies at an end of the search.
+
+    A search, then one Newton step from where it stops, whose derivative by the law's numbers is the optimum's
+    (implicit function theorem).
+    """
+
+    def loss(size: Any) -> Any:
+        params = jnp.exp(size)
+        return law.loss(params=params, tokens=flops / cost(params), **others)
+
+    grid = jnp.linspace(math.log(SMALLEST), math.log(LARGEST), COARSE)
+    losses = loss(grid)
+    best = jnp.argmin(losses)
+    inside = (best > 0) & (best < COARSE - 1)
+    at, half = grid[best], grid[1] - grid[0]
+    for _ in range(ZOOMS):
+        near = at + half * jnp.linspace(-1, 1, FINE)
+        at, half = near[jnp.argmin(loss(near))], half * 2 / (FINE - 1)
+    at = jax.lax.stop_gradient(at)
+    slope, bend = jax.grad(loss)(at), jax.grad(jax.grad(loss))(at)
+    step = jnp.where(bend > 0, -slope / jnp.where(bend > 0, bend, 1.0), 0.0)
+    return jnp.where(inside, at + jnp.where(jnp.abs(step) < 1e-3, step, 0.0), jnp.nan)
+
+
+def _falls_towards_smaller(law: Any, flops: float, flops_per_token: FlopsPerToken, unique: float | None) -> bool:
+    others = {} if unique is None else {"unique_tokens": unique}
+    ends = [law.loss(params=p, tokens=flops / flops_per_token(p), **others) for p in (SMALLEST, LARGEST)]
+    return bool(ends[0] < ends[1])
+
+
+@dataclass(frozen=True)
+class Lifetime:
+    """A model for a whole life: as good as ``compute_optimal``, for the least training and serving together.
+
+    served: tokens over its life. flops: training and serving; compute_optimal_flops: the same for the compute-optimal
+    model.
+    """
+
+    compute_optimal: Allocation
+    best: Allocation
+    served: float
+    flops: float
+    compute_optimal_flops: float
+
+    @property
+    def saved(self) -> float:
+        """Share of the compute-optimal model's lifetime FLOPs."""
+        return 1 - self.flops / self.compute_optimal_flops
+
+
+def lifetime_optimum(
+    law: Chinchilla, *, flops: float, served: float, flops_per_token: FlopsPerToken = six_per_param
+) -> Lifetime:
+    """The model that reaches the loss of compute-optimal training on ``flops`` with the least training and serving
+    (Sardana et al. 2024, section 2): smaller, on more tokens. A served token costs a third of a trained one.
+
+    Raises UserError for a count of tokens that is not positive, or where the law has no optimum.
+    """
+    if not (math.isfinite(served) and served > 0):
+        raise UserError(f"The tokens served over a model's life must be a positive number; given {served}.")
+    start = optimum(law, flops=flops, flops_per_token=flops_per_token)
+
+    def tokens(params: np.ndarray) -> np.ndarray:
+        """With which a model of ``params`` has the loss asked for; infinite where none is enough."""
+        left = start.loss - law.E - law.A * params**-law.alpha
+        return np.where(left > 0, (law.B / np.where(left > 0, left, 1.0)) ** (1 / law.beta), np.inf)
+
+    def life(params: np.ndarray) -> np.ndarray:
+        return np.vectorize(flops_per_token, otypes=[float])(params) * (tokens(params) + FORWARD * served)
+
+    size, width = math.log(start.params), math.log(100.0)
+    for _ in range(8):
+        grid = np.exp(np.linspace(size - width, size + width, 401))
+        size, width = math.log(grid[int(np.argmin(life(grid)))]), width / 40
+    params = np.array([math.exp(size), start.params])
+    (best, at_start), spent = life(params), tokens(params)
+    chosen = Allocation(float(flops_per_token(params[0]) * spent[0]), float(params[0]), float(spent[0]), start.loss)
+    return Lifetime(start, chosen, served, float(best), float(at_start))
+
+
+def constrained(law: Chinchilla, *, R_D: float = MUENNIGHOFF.R_D, R_N: float = MUENNIGHOFF.R_N) -> DataConstrained:
+    """The law where a corpus is repeated; what repetition is worth is by default what Muennighoff et al. 2023 found."""
+    return DataConstrained(**numbers(law), R_D=R_D, R_N=R_N)
