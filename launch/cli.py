@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     add_running(sub)
     add_study(add("analyze", analyze, "analyse the finished runs of a study"))
     add_study(add("list", list_runs, "list a study's experiments and how far they are"))
+    add_laws(add)
     sub = add("sample", sample, "write text with a trained model")
     sub.add_argument("run", type=Path, help="a run's folder, or one of its checkpoints")
     sub.add_argument("--prompt", required=True, help="the text to go on from")
@@ -148,6 +150,59 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--pattern", default=TEXT_FILES, help=f"which files of a folder (default: {TEXT_FILES})")
     sub.add_argument("--text-field", default="text", help="the field of a .jsonl file that holds the text")
     return top
+
+
+def add_laws(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands that read a law from runs: this project's, or anybody's in a CSV file."""
+
+    def add_runs(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("runs_of", metavar="STUDY|CSV", help="a study file, or a CSV file with a row for each run")
+        group = sub.add_argument_group("columns of a CSV file", "the usual names are found by themselves")
+        for name in ("params", "tokens", "flops", "loss", "name", "status"):
+            group.add_argument(f"--{name}-column", metavar="COLUMN")
+        sub.add_argument(
+            "--drop-highest-loss", type=int, default=0, metavar="K", help="leave out the K runs of the highest loss"
+        )
+        sub.add_argument(
+            "--parameters", choices=("total", "non_embedding", "with_head"), default="total",
+            help="which parameters count (default: %(default)s)",
+        )  # fmt: skip
+        sub.add_argument(
+            "--count-flops", choices=("exact", "six_per_param"), default="exact",
+            help="FLOPs as the runs have them, or 6 per counted parameter and token",
+        )  # fmt: skip
+        sub.add_argument("--max-warmup", type=float, metavar="SHARE", help="leave out runs with a longer warm-up")
+        sub.add_argument("--drop-budgets", type=int, default=0, metavar="K", help="leave out the K largest budgets")
+        sub.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss of log loss; inf: least squares")
+        sub.add_argument("--resamples", type=int, default=4000, help="bootstrap fits behind the intervals")
+        sub.add_argument("--seed-noise", type=float, default=0.0, metavar="SD", help="of log loss, between seeds")
+
+    sub = add("fit", laws_of("fit"), "fit a scaling law to runs and report it, with intervals")
+    add_runs(sub)
+    sub.add_argument("--law", choices=("chinchilla", "kaplan", "over-training"), default="chinchilla")
+    sub.add_argument("--flops", type=float, help="the budget to recommend for (default: 10 times the largest)")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where report, pictures and law.json go")
+    sub = add("recommend", laws_of("recommend"), "recommend a model and its tokens for a budget, with intervals")
+    add_runs(sub)
+    sub.add_argument("--flops", type=float, required=True, help="the budget, in training FLOPs")
+    sub.add_argument("--served", type=float, metavar="TOKENS", help="tokens that the model will serve in its life")
+    sub.add_argument("--unique-tokens", type=float, metavar="TOKENS", help="tokens that there are to train on")
+    sub.add_argument("--family", default="llama", help="shape of the models to build: llama, gpt, small")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="where the experiment file goes (default: under --runs)")
+    sub = add("next", laws_of("suggest"), "propose the runs that most shrink the interval of the optimal size")
+    add_runs(sub)
+    sub.add_argument("--budget", type=float, required=True, metavar="FLOPS", help="what the runs may cost together")
+    sub.add_argument("--flops", type=float, help="the target budget (default: 10 times the largest run)")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="also write next.json there")
+
+
+def laws_of(command: str) -> Callable[[argparse.Namespace], int]:
+    def run(options: argparse.Namespace) -> int:
+        from launch import law
+
+        return getattr(law, command)(options)
+
+    return run
 
 
 def load_study(options: argparse.Namespace):

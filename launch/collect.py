@@ -34,7 +34,7 @@ def table(study: Study, directory: Path) -> Table:
     for name, experiment in study.experiments.items():
         state, result = status(experiment, directory / name)
         params = cost.params(experiment.model)
-        data = result.get("data", {})
+        data, words = result.get("data", {}), described(experiment)
         rows.append(
             Run(
                 name=name,
@@ -50,6 +50,28 @@ def table(study: Study, directory: Path) -> Table:
                 corpus_hash=data.get("corpus_hash"),
                 experts=cost.experts(experiment.model),
                 active_params=params.active,
+                head_params=experiment.model.vocab_size * experiment.model.d_model,
+                batch_tokens=experiment.tokens_per_step,
+                unique_tokens=data.get("train_tokens"),
+                **words,
             )
         )
     return Table(tuple(rows))
+
+
+def described(experiment: Experiment) -> dict[str, Any]:
+    """Schedule and tokenizer of a run, where its optimizer and source have them."""
+    schedule = getattr(experiment.optimizer, "schedule", None)
+    tokenizer = getattr(experiment.source, "tokenizer", None)
+    clock = experiment.clock
+    return {
+        "learning_rate": getattr(experiment.optimizer, "peak", None),
+        "schedule": None if schedule is None else str(schedule),
+        "warmup_tokens": None if schedule is None else clock.steps(schedule.warmup) * clock.tokens_per_step,
+        "tokenizer": None if tokenizer is None else " ".join(to_text(tokenizer)),
+    }
+
+
+def to_text(tokenizer: Any) -> list[str]:
+    kind = [type(tokenizer).__name__]
+    return kind + [f"{name} {value}" for name in ("kind", "vocab_size") if (value := getattr(tokenizer, name, None))]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from research.core.files import write_atomically
-from research.scaling import page, plots
+from research.scaling import canvas, effective_plots, page
 from research.scaling.effective import Comparison, Worth, compare
 from research.scaling.table import Table, write_csv
 
@@ -30,8 +30,8 @@ def write_effective(table: Table, out: Path, *, title: str, notes: Sequence[str]
     out = Path(out)
     write_csv(table, out / "table.csv")
     found = compare(table)
-    draws = [lambda a: plots.loss_by_kind(a, found=found), lambda a: plots.effective_size(a, found=found)]
-    picture = plots.panels(draws, columns=2, width=13, height=4.8, title=title)
+    draws = [lambda a: effective_plots.loss_by_kind(a, found=found), lambda a: effective_plots.effective_size(a, found=found)]
+    picture = canvas.panels(draws, name="moe_scaling", columns=2, width=13, height=4.8, title=title)
     record = page.finite(
         {
             "title": title,
@@ -48,9 +48,10 @@ def write_effective(table: Table, out: Path, *, title: str, notes: Sequence[str]
             "excluded": table.excluded(),
         }
     )
-    write_atomically(out / "moe_scaling.png", picture)
+    for kind, data in picture.items():
+        write_atomically(out / f"moe_scaling.{kind}", data)
     write_atomically(out / "effective.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
-    write_atomically(out / "report.html", page.effective_html(record, picture))
+    write_atomically(out / "report.html", page.effective_html(record, picture["svg"]))
     return found
 
 

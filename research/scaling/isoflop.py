@@ -6,12 +6,13 @@ bend it, without any noise, so its minimum is an estimate and the parametric law
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from research.core.types import UserError
+from research.scaling.intervals import Interval
 from research.scaling.laws import PowerLaw, fit_power_law
 from research.scaling.table import ParameterCount, Run
 
@@ -147,3 +148,78 @@ def _problem(c2: float, vertex: float, u: np.ndarray, sizes: np.ndarray, losses:
     if vertex >= float(u.max()):
         return f"not bracketed: run sizes above {sizes[-1]:,.0f} parameters, where the parabola has its vertex."
     return None
+
+
+@dataclass(frozen=True)
+class Minima:
+    """Intervals of the IsoFLOP minima. draws: [resamples, bracketed curves, 3], log of params, tokens and loss at the
+    minima of parabolas fitted to resampled losses, NaN where one has none. bands: of each curve's parabola over its
+    sizes, (low, high) by the curve's FLOPs. exponents: of params, tokens and loss in compute."""
+
+    draws: np.ndarray
+    bands: Mapping[float, tuple[np.ndarray, np.ndarray]]
+    exponents: Mapping[str, Interval]
+
+    def interval(self, index: int, name: str) -> Interval:
+        """Of one bracketed curve's params, tokens or loss. Infinite ends where more than a tail has no minimum."""
+        values = self.draws[:, index, MINIMUM.index(name)]
+        if np.isnan(values).mean() > TAIL / 100:
+            return Interval(0.0, math.inf)
+        return Interval(*(float(v) for v in np.exp(np.nanpercentile(values, [TAIL, 100 - TAIL]))))
+
+
+MINIMUM = ("params", "tokens", "loss")
+TAIL = 2.5  # percent
+BAND_POINTS = 100
+
+
+def resample(found: IsoFlop, *, resamples: int = 2000, seed: int = 0) -> Minima | None:
+    """Intervals from parabolas refitted to their own values plus residuals drawn with replacement from all bracketed
+    curves, each stretched for the three numbers of its parabola. None where no curve has a residual."""
+    curves = [curve for curve in found.bracketed if len(curve.sizes) > FEWEST_SIZES]
+    if not curves:
+        return None
+    generator = np.random.default_rng(seed)
+    stretched = [_residuals(c) * math.sqrt(len(c.sizes) / (len(c.sizes) - FEWEST_SIZES)) for c in curves]
+    pool = np.concatenate(stretched)
+    draws, bands = [], {}
+    for curve in found.bracketed:
+        u = np.log(curve.sizes) - curve.log_centre
+        columns = np.stack([u**2, u, np.ones_like(u)], axis=1)
+        noise = pool[generator.integers(0, len(pool), (resamples, len(u)))]
+        fits = (curve(np.array(curve.sizes)) * np.exp(noise)) @ np.linalg.pinv(columns).T
+        grid = np.linspace(u[0], u[-1], BAND_POINTS)
+        lines = fits @ np.stack([grid**2, grid, np.ones_like(grid)])
+        bands[curve.flops] = tuple(np.percentile(lines, [TAIL, 100 - TAIL], axis=0))
+        draws.append(_resampled_minima(curve, fits, u))
+    stacked = np.stack(draws, axis=1)
+    exponents = {}
+    if len(found.bracketed) >= 2:
+        x = np.log([curve.flops for curve in found.bracketed])
+        x = x - x.mean()
+        good = stacked[np.all(np.isfinite(stacked), axis=(1, 2))]
+        slopes = np.einsum("rcq,c->rq", good, x) / (x @ x)
+        if len(good) >= 0.9 * resamples:
+            low, high = np.percentile(slopes, [TAIL, 100 - TAIL], axis=0)
+            exponents = {n: Interval(float(a), float(b)) for n, a, b in zip(MINIMUM, low, high, strict=True)}
+    return Minima(stacked, bands, exponents)
+
+
+def _residuals(curve: Curve) -> np.ndarray:
+    return np.log(curve.losses) - np.log(curve(np.array(curve.sizes)))
+
+
+def _resampled_minima(curve: Curve, fits: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """[resamples, 3]: log params, log tokens and log loss at each parabola's vertex; NaN for one that opens downward
+    or lies far outside the sizes."""
+    c2, c1, c0 = fits.T
+    opens = c2 > 0
+    vertex = np.where(opens, -c1 / (2 * np.where(opens, c2, 1.0)), np.nan)
+    width = u[-1] - u[0]
+    vertex = np.where((vertex > u[0] - width) & (vertex < u[-1] + width), vertex, np.nan)
+    tokens = np.log(curve.tokens_of_sizes)
+    slope = np.polyfit(u, tokens, 1)
+    at = np.interp(vertex, u, tokens) + slope[0] * (np.minimum(vertex - u[0], 0) + np.maximum(vertex - u[-1], 0))
+    with np.errstate(invalid="ignore"):
+        loss = np.log(np.maximum(c0 + c1 * vertex + c2 * vertex**2, 1e-300))
+    return np.stack([vertex + curve.log_centre, at, loss], axis=1)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report's page: one HTML file with its pictures inside, from the record that law.json holds."""
 
-import base64
 import html as escape
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,12 +11,14 @@ from research.scaling.table import COLUMNS, Table
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1080px; margin: 2rem auto; padding: 0
 1rem; } h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-img { max-width: 100%; height: auto; } code { background: #f3f3f3; padding: .1em .3em; }
+svg { max-width: 100%; height: auto; } code { background: #f3f3f3; padding: .1em .3em; }
 .law { font-size: 1.25rem; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 td, th { padding: .25em .7em; border-bottom: 1px solid #e2e2e2; text-align: right; white-space: nowrap; }
 td:first-child, th:first-child, .words td, .words th { text-align: left; white-space: normal; }
-.out td { color: #888; } .remarks { background: #fff6e5; padding: .6em 1em .6em 2em; }
+.out td { color: #666; } g.run { pointer-events: bounding-box; } g.run:hover { stroke: #000; stroke-width: 3; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 1rem; }
+.remarks { background: #fff6e5; padding: .6em 1em .6em 2em; }
 """
 
 
@@ -30,30 +31,27 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def html(record: Mapping[str, Any], table: Table, pictures: Mapping[str, bytes]) -> str:
-    """The whole page; ``pictures`` are PNGs by file name, put inside."""
+def html(record: Mapping[str, Any], table: Table, pictures: Mapping[str, str]) -> str:
+    """The whole page; ``pictures`` are SVGs by name, put inside: a pointer on a point shows its run."""
+    drawn = "".join(f"<div>{picture}</div>" for picture in pictures.values())
     sections = [
         *(f"<p>{_text(note)}</p>" for note in record["notes"]),
-        _law(record),
         _findings(record),
-        f'<p><img alt="overview" src="{_inline(pictures["overview.png"])}"></p>',
+        f'<h2>Pictures</h2><p>Rest the pointer on a point to see its run.</p><div class="pictures">{drawn}</div>',
+        _law(record),
+        _approaches(record),
+        _corrections(record),
         _held_out(record["held_out"]),
         _isoflop(record["isoflop"]),
         _fit(record),
         _conventions(record),
         _runs(record, table),
-        "<h2>Pictures</h2>",
-        *(
-            f'<p><img alt="{_text(name)}" src="{_inline(png)}"></p>'
-            for name, png in pictures.items()
-            if name != "overview.png"
-        ),
     ]
     return _document(record["title"], sections)
 
 
 def effective_html(record: Mapping[str, Any], picture: bytes) -> str:
-    """The page of a study of experts, from what effective.json holds."""
+    """The page of a study of experts, from what effective.json holds; ``picture`` is an SVG."""
     rows = [
         (
             run["name"],
@@ -72,7 +70,7 @@ def effective_html(record: Mapping[str, Any], picture: bytes) -> str:
     sections = [
         *(f"<p>{_text(note)}</p>" for note in record["notes"]),
         f"<h2>What it says</h2>{words}",
-        f'<p><img alt="experts against dense" src="{_inline(picture)}"></p>',
+        f"<div>{picture.decode()}</div>",
         "<h2>Effective dense size</h2>" + meaning,
         f'<div class="scroll">{_table((*names, "dense FLOPs", "times"), rows)}</div>',
         "<h2>Dense runs</h2>",
@@ -92,25 +90,85 @@ def _document(title: str, sections: Iterable[str]) -> str:
 
 
 def _law(record: Mapping[str, Any]) -> str:
-    law = record["law"]
-    equation = (
-        f"loss = {law['E']:.4g} + {law['A']:.4g} / params<sup>{law['alpha']:.4g}</sup> "
-        f"+ {law['B']:.4g} / tokens<sup>{law['beta']:.4g}</sup>"
-    )
-    rows = [
-        (
-            name,
-            _number(law[name]),
-            *(_number(record["intervals_95"].get(name, {}).get(end)) for end in ("low", "high")),
-        )
-        for name in ("E", "A", "B", "alpha", "beta")
+    law = {name: value for name, value in record["law"].items() if name != "form"}
+    rows = []
+    for name in [*law, *sorted(set(record["intervals_95"]) - set(law))]:
+        value = law.get(name, (record["exponents"] or {}).get(name))
+        spans = (record[f"{kind}intervals_95"].get(name) for kind in ("", "profile_"))
+        rows.append((name, _number(value), *(_span(span) for span in spans)))
+    intervals = _table(("", "value", "95% by bootstrap", "95% by profile likelihood"), rows)
+    optimum = [
+        (name, *(_number((record["recommendation"]["law"] or {}).get(name)),), _span(record["profile_intervals_95"].get(name)))
+        for name in ("params", "tokens", "loss")
+        if name in record["profile_intervals_95"]
     ]
-    intervals = _table(("", "value", "2.5%", "97.5%"), rows)
-    return f'<h2>The law</h2><p class="law">{equation}</p>{intervals}<p>Intervals are bootstraps over runs.</p>'
+    at = f"<p>At {record['target_flops']:.3g} FLOPs:</p>{_table(('', 'optimum', '95% by profile likelihood'), optimum)}"
+    projected = record["variable_projection"]
+    text = f'<h2>The law</h2><p class="law">{_text(record["law"]["form"])}</p>{intervals}{at if optimum else ""}'
+    text += f"<p>The bootstrap drew {record['resamples']:,} times from the runs.</p>" if record["resamples"] else ""
+    if projected:
+        others = ", ".join(f"{name} {_number(value)}" for name, value in projected["law"].items())
+        text += f"<p>Variable projection, a fit of relative errors by least squares: {_text(others)}.</p>"
+    return text
+
+
+def _span(span: Mapping[str, float | None] | None) -> str:
+    """An interval in words; an end that is not finite was not found."""
+    if span is None:
+        return ""
+    low, high = span["low"], span["high"]
+    if low is None and high is None:
+        return "not identified"
+    ends = (_number(low) if low is not None else "no end"), (_number(high) if high is not None else "no end")
+    return f"{ends[0]} to {ends[1]}"
+
+
+def _approaches(record: Mapping[str, Any]) -> str:
+    """The exponents of the optimum in compute by the three approaches of Hoffmann et al. 2022."""
+    rows = []
+    if record["envelope"]:
+        spans = record["envelope"]["intervals_95"]
+        exponents = [record["envelope"][f"{name}_law"]["exponent"] for name in ("params", "tokens")]
+        cells = [f"{e:.3f} ({_span(spans.get(f'{n}_in_compute'))})" for e, n in zip(exponents, ("params", "tokens"), strict=True)]
+        rows.append(("1: envelope of training curves", *cells))
+    isoflop = record["isoflop"]
+    if isoflop["params_law"]:
+        spans = isoflop["exponent_intervals_95"]
+        rows.append(
+            (
+                "2: IsoFLOP profiles",
+                *(f"{isoflop[f'{n}_law']['exponent']:.3f} ({_span(spans.get(n))})" for n in ("params", "tokens")),
+            )
+        )
+    if record["exponents"]:
+        spans = record["intervals_95"]
+        rows.append(
+            (
+                "3: parametric law",
+                *(
+                    f"{record['exponents'][n]:.3f} ({_span(spans.get(n))})"
+                    for n in ("params_in_compute", "tokens_in_compute")
+                ),
+            )
+        )
+    names = ("approach", "params in compute (95%)", "tokens in compute (95%)")
+    return f'<h2>Three approaches</h2><div class="words">{_table(names, rows)}</div>' if rows else ""
+
+
+def _corrections(record: Mapping[str, Any]) -> str:
+    rows = [
+        (v["name"], str(v["num_runs"]), f"{v['params_in_compute']:.3f}", _span(v["interval_95"]), f"{v['rms_residual']:.2%}")
+        for v in record["corrections"]
+    ]
+    names = ("counted", "runs", "params in compute", "95%", "residual")
+    text = "<p>The exponent of optimal params in compute by the parametric law, where the same runs are counted otherwise.</p>"
+    return f'<h2>What counting does</h2>{text}<div class="words">{_table(names, rows)}</div>' if rows else ""
 
 
 def _findings(record: Mapping[str, Any]) -> str:
-    found = [part["sentence"] for part in record["recommendation"].values() if part]
+    given = record["recommendation"]
+    found = [given[name]["sentence"] for name in ("law", "isoflop") if given[name]]
+    found += [given["belief"]] if given["belief"] else []
     text = "<h2>What it says</h2>" + "".join(f"<p>{_text(sentence)}</p>" for sentence in found)
     if record["held_out"]:
         text += f"<p>{_text(record['held_out']['sentence'])}</p>"
@@ -148,10 +206,16 @@ def _isoflop(record: Mapping[str, Any]) -> str:
     rows = []
     for curve in record["curves"]:
         found = curve["problem"] is None
-        cells = (f"{curve['params']:,.0f}", f"{curve['tokens']:,.0f}", f"{curve['loss']:.4f}") if found else ("",) * 3
+        spans = curve["intervals_95"]
+        cells = [
+            f"{_number(round(curve[name]) if name != 'loss' else curve[name])} ({_span(spans.get(name)) or 'no interval'})"
+            if found
+            else ""
+            for name in ("params", "tokens", "loss")
+        ]
         rows.append((f"{curve['flops']:.3g}", str(len(curve["sizes"])), *cells, curve["problem"] or "bracketed"))
     text = "<h2>IsoFLOP minima</h2>" + _table(
-        ("FLOPs", "runs", "params at minimum", "tokens at minimum", "loss at minimum", ""), rows
+        ("FLOPs", "runs", "params at minimum (95%)", "tokens at minimum (95%)", "loss at minimum (95%)", ""), rows
     )
     laws = [
         f"{name} = {law['coefficient']:.3g} compute<sup>{law['exponent']:.3f}</sup>"
@@ -214,10 +278,6 @@ def _number(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3e}"
-
-
-def _inline(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def _text(value: str) -> str:

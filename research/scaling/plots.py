@@ -1,335 +1,309 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of a scaling study, as PNG bytes: loss against compute, IsoFLOP curves, the optimum, the law.
+"""The pictures of a scaling study, each drawn on axes from a conclusion: loss against compute with its envelope, IsoFLOP
+curves, the optimum against compute, loss contours, residuals, the held-out test."""
 
-Compute budgets and model sizes are ordered, so they are told apart by one colour scale that stays readable to
-colour-blind readers and in grey (viridis), and by markers; single series use the palette of Okabe and Ito
-(2008). Figures are drawn without pyplot, so no display and no global state are touched.
-"""
-
-import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from research.scaling.effective import Comparison, kind_name
-from research.scaling.fit import Fit
-from research.scaling.isoflop import IsoFlop, by_budget
+from research.scaling import allocation, canvas
+from research.scaling.allocation import Allocation
+from research.scaling.analysis import Conclusion
+from research.scaling.canvas import BEYOND, BLACK, BLUE, GREEN, GREY, MARKERS, ORANGE, SKY, VERMILION, point
+from research.scaling.isoflop import BAND_POINTS, by_budget
 from research.scaling.ladder import short_count
-from research.scaling.allocation import FlopsPerToken, optimum
-from research.scaling.recommend import HeldOut
+from research.scaling.laws import BESIROGLU, HOFFMANN, KAPLAN_PARAMS
 from research.scaling.table import ParameterCount, Run
 
-Curves = Mapping[str, Sequence[tuple[float, float]]]  # run's name -> [(training FLOPs, loss in nats per token), ...]
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
 MINIMUM = {"color": VERMILION, "markerfacecolor": "none", "markeredgewidth": 1.6}  # hollow: it may lie upon a run
 MOST_NAMED = 10  # budgets in a legend
-MARKERS = "osD^vP*X<>"
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "figure.facecolor": "white",
-}
-Draw = Callable[[Any], None]
+BUDGETS = 40  # along an axis of compute
+CELLS = 90  # of a contour plot, each way
+BAND = {"alpha": 0.18, "linewidth": 0}
 
 
-def picture(draw: Draw, *, width: float = 7.2, height: float = 4.8) -> bytes:
-    """One panel as a PNG; ``draw`` is handed the axes. Sizes in inches."""
-    return panels([draw], columns=1, width=width, height=height)
+def pictures(found: Conclusion) -> dict[str, Callable[[Any], None]]:
+    """What to draw, by name."""
+    return {
+        "loss_against_compute": lambda axes: loss_against_compute(axes, found),
+        "isoflop": lambda axes: isoflop_curves(axes, found),
+        "optimal_size": lambda axes: optimal(axes, found, "params"),
+        "optimal_tokens": lambda axes: optimal(axes, found, "tokens"),
+        "contours": lambda axes: contours(axes, found),
+        "residuals": lambda axes: residuals(axes, found),
+        "extrapolation": lambda axes: extrapolation(axes, found),
+        "law": lambda axes: law_against_runs(axes, found),
+    }
 
 
-def panels(draws: Sequence[Draw], *, columns: int, width: float, height: float, title: str = "") -> bytes:
-    """Several panels in one PNG, row by row; width and height of the whole picture in inches."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
-        FigureCanvasAgg(figure)
-        rows = math.ceil(len(draws) / columns)
-        for index, draw in enumerate(draws):
-            draw(figure.add_subplot(rows, columns, index + 1))
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=13)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+def says(run: Run, parameters: ParameterCount) -> str:
+    """What a point tells of its run."""
+    return (
+        f"{run.name}\n{run.count(parameters):,} parameters, {run.tokens:,} tokens\n{run.flops:.3g} FLOPs, "
+        f"loss {run.loss:.4f} nats per token"
+    )
 
 
-def loss_against_compute(
-    axes: Any,
-    *,
-    runs: Sequence[Run],
-    curves: Curves | None = None,
-    fit: Fit | None = None,
-    flops_per_token: FlopsPerToken | None = None,
-    reach: float = 1.0,
-    parameters: ParameterCount = "total",
-) -> None:
-    """Every run's training curve (where given) and final loss, coloured by model size; the law's best loss
-    at each budget as a dashed line, carried to ``reach`` times the largest budget."""
+def loss_against_compute(axes: Any, found: Conclusion) -> None:
+    """Every run's training curve (where given) and final loss, coloured by model size; the envelope of the curves; the
+    law's best loss at each budget with its interval, as far as the target."""
     import matplotlib
     from matplotlib.colors import LogNorm
 
+    runs, parameters = found.runs, found.settings.parameters
     sizes = [run.count(parameters) for run in runs]
     low, high = min(sizes), max(sizes)
     norm = LogNorm(low / 1.05, high * (1.9 if high > low else 1.05))  # the last, yellow part is hard to see on white
     colours = matplotlib.colormaps["viridis"]
     for run in sorted(runs, key=lambda r: -r.count(parameters)):
         colour = colours(norm(run.count(parameters)))
-        line = [(x, y) for x, y in (curves or {}).get(run.name, ()) if x > 0 and math.isfinite(y)]
+        line = [(x, y) for x, y in found.curves.get(run.name, ()) if x > 0 and math.isfinite(y)]
         if line:
-            axes.plot(*zip(*line, strict=True), color=colour, linewidth=1.1, alpha=0.75)
-        axes.plot([run.flops], [run.loss], "o", color=colour, markersize=5, markeredgecolor="white", zorder=3)
-    frontier: list[float] = []
-    if fit is not None and flops_per_token is not None:
-        budgets = [run.flops for run in runs]
-        grid = np.geomspace(min(budgets), max(budgets) * reach, 40)
-        best = _frontier(fit, grid, flops_per_token)
-        frontier = [b.loss for b in best]
-        axes.plot(grid[: len(best)], frontier, "--", color=BLACK, linewidth=1.4, label="law at its best size")
-        axes.legend(loc="upper right")
+            axes.plot(*zip(*line, strict=True), color=colour, linewidth=0.9, alpha=0.6)
+        style = {"color": colour, "markersize": 5, "markeredgecolor": "white", "zorder": 3}
+        point(axes, run.flops, run.loss, "o", says=says(run, parameters), **style)
+    budgets, frontier, (below, above) = _frontier(found, "loss")
+    if len(budgets):
+        axes.fill_between(budgets, below, above, color=BLACK, **BAND)
+        axes.plot(budgets, frontier, "--", color=BLACK, linewidth=1.4, label="law at its best size, 95%")
+    if found.envelope is not None:
+        line = found.envelope
+        axes.plot(line.flops, line.loss, ":", color=VERMILION, linewidth=2.2, label="envelope of the training curves")
     axes.set_xscale("log")
-    axes.set_xlim(min(run.flops for run in runs) / 8, max(run.flops for run in runs) * max(1.5, reach))
-    _log_loss(axes, [run.loss for run in runs] + frontier)
+    largest = max(run.flops for run in runs)
+    right = max([largest * 1.5, *budgets[-1:]])
+    axes.set_xlim(min(run.flops for run in runs) / 8, right)
+    canvas.log_loss(axes, [run.loss for run in runs] + list(frontier))
     axes.set(xlabel="training compute (FLOPs)", ylabel="loss (nats per token)")
-    axes.set_title("Loss against compute: held out at the end (dots)" + (", training (lines)" if curves else ""))
+    axes.set_title("Loss against compute: held out at the end (dots)" + (", training (lines)" if found.curves else ""))
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(loc="upper right")
     bar = axes.figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), ax=axes, pad=0.01, aspect=30)
     bar.ax.set_ylim(low, high if high > low else high * 1.01)
     ticks = sorted({float(f"{t:.1e}") for t in np.geomspace(low, high, 5)})
     bar.ax.minorticks_off()
     bar.set_ticks(ticks, labels=[short_count(t) for t in ticks])
     bar.outline.set_visible(False)
-    bar.set_label("parameters" if parameters == "total" else "non-embedding parameters")
+    bar.set_label(_name("params", parameters))
 
 
-def isoflop_curves(axes: Any, *, found: IsoFlop, parameters: ParameterCount = "total") -> None:
-    """Each budget's losses against size, its parabola, and its minimum (a star) where it is bracketed."""
-    colours = _ordered(len(found.curves))
-    every = math.ceil(len(found.curves) / MOST_NAMED)
-    for index, (curve, colour) in enumerate(zip(found.curves, colours, strict=True)):
+def isoflop_curves(axes: Any, found: Conclusion) -> None:
+    """Each budget's losses against size, its parabola with its band, and its minimum (a star) where it is bracketed."""
+    curves, minima, parameters = found.isoflop.curves, found.minima, found.settings.parameters
+    shown = [curve for curve in curves if len(curve.sizes) > 2 or curve.bracketed] or list(curves)
+    by_name = {run.name: run for run in found.runs}
+    every = math.ceil(len(shown) / MOST_NAMED)
+    for index, (curve, colour) in enumerate(zip(shown, canvas.ordered(len(shown)), strict=True)):
         marker = MARKERS[index % len(MARKERS)]
-        face = colour if curve.bracketed else "white"
-        label = f"{_power(curve.flops)} FLOPs" + ("" if curve.bracketed else " (not bracketed)")
-        label = label if len(found.curves) <= MOST_NAMED or curve.bracketed and index % every == 0 else None
-        axes.plot(curve.sizes, curve.losses, marker, color=colour, markerfacecolor=face, markersize=5.5, label=label)
+        label = f"{canvas.power(curve.flops)} FLOPs" + ("" if curve.bracketed else " (not bracketed)")
+        label = label if len(shown) <= MOST_NAMED or (curve.bracketed and index % every == 0) else None
+        style = {"color": colour, "markerfacecolor": colour if curve.bracketed else "white", "markersize": 5.5}
+        axes.plot([], [], marker, label=label, **style)
+        for name, size, loss in zip(curve.names, curve.sizes, curve.losses, strict=True):
+            point(axes, size, loss, marker, says=says(by_name[name], parameters), **style)
         if curve.coefficients is not None:
-            x = np.geomspace(curve.sizes[0], curve.sizes[-1], 100)
+            x = np.geomspace(curve.sizes[0], curve.sizes[-1], BAND_POINTS)
             axes.plot(x, curve(x), "-" if curve.bracketed else ":", color=colour, linewidth=1.3, alpha=0.85)
+            if minima is not None and curve.flops in minima.bands:
+                axes.fill_between(x, *minima.bands[curve.flops], color=colour, **BAND)
         if curve.bracketed:
-            axes.plot([curve.params], [curve.loss], "*", **MINIMUM, markersize=14, zorder=4)
-    if found.bracketed:
+            told = f"minimum at {curve.flops:.3g} FLOPs: {curve.params:,.0f} parameters, loss {curve.loss:.4f}"
+            point(axes, curve.params, curve.loss, "*", says=told, **MINIMUM, markersize=14, zorder=4)
+    if found.isoflop.bracketed:
         axes.plot([], [], "*", **MINIMUM, markersize=11, label="minimum")
     axes.set_xscale("log")
-    _log_loss(axes, [loss for curve in found.curves for loss in curve.losses])
-    axes.set(xlabel=_size_label(parameters), ylabel="validation loss (nats per token)")
-    axes.set_title("IsoFLOP curves and their parabolas")
-    axes.legend(loc="best", ncols=1 if len(found.curves) <= 6 else 2)
+    canvas.log_loss(axes, [loss for curve in shown for loss in curve.losses])
+    canvas.plain_counts(axes.xaxis)
+    axes.set(xlabel=_name("params", parameters), ylabel="validation loss (nats per token)")
+    axes.set_title("IsoFLOP curves and their parabolas (bands: 95%)")
+    axes.legend(loc="best", ncols=1 if len(shown) <= 6 else 2)
 
 
-def optimal_size(
-    axes: Any,
-    *,
-    found: IsoFlop,
-    fit: Fit,
-    flops_per_token: FlopsPerToken,
-    reach: float = 10.0,
-    parameters: ParameterCount = "total",
-) -> None:
-    """Compute-optimal size against compute: the IsoFLOP minima, their power law, and the parametric law."""
-    budgets = [curve.flops for curve in found.curves]
-    grid = np.geomspace(min(budgets), max(budgets) * reach, 40)
-    best = _frontier(fit, grid, flops_per_token)
-    if len(best) > 1:
-        slope = math.log(best[-1].params / best[0].params) / math.log(best[-1].flops / best[0].flops)
-        text = f"law: compute$^{{{slope:.2f}}}$"
-        axes.plot([b.flops for b in best], [b.params for b in best], "--", color=BLACK, linewidth=1.4, label=text)
-    if found.params_law is not None:
-        text = f"IsoFLOP: compute$^{{{found.params_law.exponent:.2f}}}$"
-        axes.plot(grid, found.params_law(grid), "-", color=BLUE, linewidth=1.4, label=text)
-    inside = found.bracketed
-    axes.plot(
-        [c.flops for c in inside],
-        [c.params for c in inside],
-        "*",
-        **MINIMUM,
-        markersize=12,
-        zorder=3,
-        label="IsoFLOP minimum",
-    )
-    axes.axvspan(max(budgets), grid[-1], color="#F1F1F1", zorder=0, label="beyond the runs")
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="training compute (FLOPs)",
-        ylabel=f"optimal {_size_label(parameters)}",
-    )
-    axes.set_xlim(grid[0] / 1.3, grid[-1])
-    axes.set_title("Compute-optimal model size")
-    _plain_sizes(axes.yaxis)
+def optimal(axes: Any, found: Conclusion, what: str) -> None:
+    """Compute-optimal params or tokens against compute: the law with its interval, the IsoFLOP minima with theirs and
+    their power law, the envelope, and the literature's lines."""
+    budgets, best, (below, above) = _frontier(found, what)
+    flops = [curve.flops for curve in found.isoflop.curves]
+    grid = np.geomspace(min(flops), max(max(flops) * 1.5, found.target_flops), BUDGETS)
+    values: list[float] = [*best]
+    if len(budgets):
+        slope = math.log(best[-1] / best[0]) / math.log(budgets[-1] / budgets[0])
+        axes.fill_between(budgets, below, above, color=BLACK, **BAND)
+        axes.plot(budgets, best, "--", color=BLACK, linewidth=1.5, label=f"law, 95%: compute$^{{{slope:.2f}}}$")
+    power = getattr(found.isoflop, f"{what}_law")
+    if power is not None:
+        line = power(grid)
+        axes.plot(grid, line, "-", color=BLUE, linewidth=1.4, label=f"IsoFLOP: compute$^{{{power.exponent:.2f}}}$")
+    if found.envelope is not None:
+        power = getattr(found.envelope, f"{what}_law")
+        line = power(grid)
+        axes.plot(grid, line, ":", color=GREEN, linewidth=2, label=f"envelope: compute$^{{{power.exponent:.2f}}}$")
+    for index, curve in enumerate(found.isoflop.bracketed):
+        value = getattr(curve, what)
+        values.append(value)
+        if found.minima is not None:
+            span = found.minima.interval(index, what)
+            if span.closed and span.low > 0:
+                axes.plot([curve.flops] * 2, [span.low, span.high], "-", color=VERMILION, linewidth=1)
+        told = f"IsoFLOP minimum at {curve.flops:.3g} FLOPs: {value:,.0f} {what}"
+        point(axes, curve.flops, value, "*", says=told, **MINIMUM, markersize=12, zorder=3)
+    axes.plot([], [], "*", **MINIMUM, markersize=10, label="IsoFLOP minimum, 95%")
+    axes.set(xscale="log", yscale="log", xlabel="training compute (FLOPs)")
+    limits = (min(values) / 2, max(values) * 2) if values else axes.get_ylim()
+    _literature(axes, grid, what)
+    axes.axvspan(max(flops), grid[-1], color=BEYOND, zorder=0, label="beyond the runs")
+    axes.set(ylabel=f"optimal {_name(what, found.settings.parameters)}", xlim=(grid[0] / 1.3, grid[-1]), ylim=limits)
+    axes.set_title(f"Compute-optimal {'model size' if what == 'params' else 'training tokens'}")
+    canvas.plain_counts(axes.yaxis)
     axes.legend(loc="upper left")
 
 
-def law_against_runs(
-    axes: Any,
-    *,
-    runs: Sequence[Run],
-    fit: Fit,
-    held_out: HeldOut | None = None,
-    parameters: ParameterCount = "total",
-) -> None:
-    """Predicted against measured loss with a band of 3%; the held-out budget as the fit without it predicts
-    it."""
-    out = {p.name for p in held_out.predictions} if held_out is not None else set()
-    groups = by_budget(runs)
-    for index, (group, colour) in enumerate(zip(groups, _ordered(len(groups)), strict=True)):
-        shown = [run for run in group if run.name not in out]
-        predicted = [fit.law.loss(params=run.count(parameters), tokens=run.tokens) for run in shown]
-        if shown:
-            marker = MARKERS[index % len(MARKERS)]
-            axes.plot([run.loss for run in shown], predicted, marker, color=colour, markersize=5.5, alpha=0.9)
-    values = [run.loss for run in runs]
-    ends = np.array([min(values) * 0.97, max(values) * 1.03])
-    if held_out is not None:
-        axes.plot(
-            [p.measured for p in held_out.predictions],
-            [p.predicted for p in held_out.predictions],
-            "D",
-            color=VERMILION,
-            markersize=6.5,
-            markeredgecolor="white",
-            label=f"held out ({_power(held_out.flops)} FLOPs), predicted without it",
-        )
-    axes.plot(ends, ends, "-", color=BLACK, linewidth=1)
-    axes.fill_between(ends, ends * 0.97, ends * 1.03, color=SKY, alpha=0.25, linewidth=0, label="within 3%")
-    _log_loss(axes, values, both=True)
-    axes.set(
-        xlim=ends,
-        ylim=ends,
-        xlabel="measured loss (nats per token)",
-        ylabel="predicted loss (nats per token)",
-    )
-    axes.set_title("The law against the runs")
-    law = fit.law
-    text = (
-        f"$L = {law.E:.3g} + \\frac{{{_tex(law.A)}}}{{params^{{{law.alpha:.3f}}}}}"
-        f" + \\frac{{{_tex(law.B)}}}{{tokens^{{{law.beta:.3f}}}}}$"
-    )
-    axes.text(0.97, 0.05, text, transform=axes.transAxes, ha="right", va="bottom", fontsize=12)
-    axes.legend(loc="upper left")
+def _literature(axes: Any, grid: np.ndarray, what: str) -> None:
+    """The published frontiers, carried to these budgets: other text, other tokenizers, much larger models."""
+    hoffmann = [allocation.closed_form_optimum(law, flops=grid) for law in (HOFFMANN, BESIROGLU)]
+    kaplan = KAPLAN_PARAMS(grid)
+    lines = [
+        ("Hoffmann et al. 2022", getattr(hoffmann[0], what), (0, (1, 1))),
+        ("Besiroglu et al. 2024", getattr(hoffmann[1], what), (0, (5, 1, 1, 1))),
+        ("Kaplan et al. 2020", kaplan if what == "params" else grid / (6 * kaplan), (0, (3, 3))),
+    ]
+    for (name, line, dashes), colour in zip(lines, (GREY, ORANGE, SKY), strict=True):
+        axes.plot(grid, line, color=colour, linestyle=dashes, linewidth=1.2, label=name)
 
 
-def loss_by_kind(axes: Any, *, found: Comparison) -> None:
-    """Every run's loss against its compute, dense and expert models apart; lines join each kind's best."""
-    for kind, colour, marker in _kinds(found):
-        runs = found.dense if not kind else [w.run for w in found.worth if w.run.experts == kind]
-        axes.plot([r.flops for r in runs], [r.loss for r in runs], marker, color=colour, markersize=4.5, alpha=0.45)
-        best = [rung.best[kind] for rung in found.rungs if kind in rung.best]
-        x, y = [run.flops for run in best], [run.loss for run in best]
-        axes.plot(x, y, marker + "-", color=colour, linewidth=1.5, markersize=6.5, label=kind_name(kind))
-    axes.set_xscale("log")
-    _log_loss(axes, [run.loss for run in found.dense] + [w.run.loss for w in found.worth])
-    axes.set(xlabel="training compute (FLOPs)", ylabel="validation loss (nats per token)")
-    axes.set_title("Loss against compute (lines: the best of each kind)")
-    axes.legend(loc="upper right")
-
-
-def effective_size(axes: Any, *, found: Comparison) -> None:
-    """Each expert run's effective dense size against its active parameters; dense models lie on the diagonal."""
-    shown = [w for w in found.worth if w.dense_params is not None]
-    for kind, colour, marker in _kinds(found):
-        mine = [w for w in shown if w.run.experts == kind]
-        if mine:
-            x, y = [w.run.active for w in mine], [w.dense_params for w in mine]
-            axes.plot(x, y, marker, color=colour, markersize=6, label=kind_name(kind))
-    ends = [min(w.run.active for w in found.worth) / 1.2, max(w.run.active for w in found.worth) * 1.2]
-    for times in (1, 2, 4):
-        line = "-" if times == 1 else ":"
-        axes.plot(ends, [times * end for end in ends], line, color=BLACK, linewidth=0.9)
-        axes.annotate(f"{times}x" if times > 1 else "dense", (ends[1], times * ends[1]), ha="right", va="bottom")
-    axes.set(
-        xscale="log", yscale="log", xlim=ends, xlabel="active parameters", ylabel="effective dense size (parameters)"
-    )
-    axes.set_title("What a dense model of equal loss on the same tokens would have")
-    _plain_sizes(axes.xaxis, axes.yaxis)
-    axes.legend(loc="upper left")
-
-
-def _kinds(found: Comparison) -> list[tuple[int, str, str]]:
-    """(experts, colour, marker) of each kind in a comparison."""
-    kinds = sorted({0} | {w.run.experts for w in found.worth})
-    colours = (BLACK, BLUE, VERMILION, GREEN, ORANGE, SKY)
-    return [(kind, colours[i % len(colours)], MARKERS[i % len(MARKERS)]) for i, kind in enumerate(kinds)]
-
-
-def _frontier(fit: Fit, grid: np.ndarray, flops_per_token: FlopsPerToken) -> list[Any]:
-    from research.core.types import UserError
-
-    found = []
-    for flops in grid:
-        try:
-            found.append(optimum(fit.law, flops=float(flops), flops_per_token=flops_per_token))
-        except UserError:
-            return []
-    return found
-
-
-def _ordered(count: int) -> list[Any]:
+def contours(axes: Any, found: Conclusion) -> None:
+    """The law's loss over params and tokens, the runs upon it, lines of equal compute, and the efficient frontier."""
     import matplotlib
 
-    return [matplotlib.colormaps["viridis"](position) for position in np.linspace(0.0, 0.82, max(1, count))][:count]
+    parameters, law = found.settings.parameters, found.fit.law
+    sizes, tokens = found.fit.points.params, found.fit.points.tokens
+    x, y = np.geomspace(sizes.min() / 2, sizes.max() * 3, CELLS), np.geomspace(tokens.min() / 2, tokens.max() * 3, CELLS)
+    loss = law.loss(params=x[None], tokens=y[:, None])
+    levels = np.geomspace(loss.min() * 1.001, loss.max(), 16)
+    filled = axes.contourf(x, y, loss, levels=levels, cmap="viridis_r", alpha=0.55, norm=matplotlib.colors.LogNorm())
+    filled.set_edgecolor("face")
+    lines = axes.contour(x, y, loss, levels=levels, colors="white", linewidths=0.7)
+    axes.clabel(lines, fmt="%.2f", fontsize=7.5, colors=BLACK)
+    per_token = np.vectorize(found.flops_per_token, otypes=[float])(x)
+    shown = [curve for curve in found.isoflop.curves if len(curve.sizes) > 2][:MOST_NAMED]
+    for curve in shown:
+        axes.plot(x, curve.flops / per_token, ":", color=GREY, linewidth=0.9)
+    if shown:
+        axes.plot([], [], ":", color=GREY, linewidth=0.9, label="equal compute")
+    for run in found.runs:
+        style = {"color": BLACK, "markersize": 3.6, "markerfacecolor": "white", "markeredgewidth": 0.9}
+        point(axes, run.count(parameters), run.tokens, "o", says=says(run, parameters), **style)
+    best = _optima(found)
+    if best is not None:
+        axes.plot(best.params, best.tokens, "-", color=VERMILION, linewidth=2, label="efficient frontier")
+        axes.legend(loc="upper left", framealpha=0.8, frameon=True)
+    axes.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), ylabel="training tokens")
+    axes.set(xlabel=_name("params", parameters))
+    canvas.plain_counts(axes.xaxis, axes.yaxis)
+    axes.set_title("The law's loss (nats per token) and the runs")
 
 
-def _log_loss(axes: Any, losses: Sequence[float], *, both: bool = False) -> None:
-    """Log scale for losses, with plain numbers at round steps."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    low, high = min(losses) * 0.985, max(losses) * 1.02
-    step = next((s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5) if (high - low) / s <= 9), 10)
-    ticks = [step * k for k in range(1, int(high * 2 / step) + 2)]
-    digits = 2 if step < 0.1 else 1
-    for name in ("x", "y") if both else ("y",):
-        getattr(axes, f"set_{name}scale")("log")
-        axis = getattr(axes, f"{name}axis")
-        axis.set_major_locator(FixedLocator(ticks))
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.{digits}f}"))
-    if not both:
-        axes.set_ylim(low, high)
-
-
-def _plain_sizes(*sides: Any) -> None:
-    """Counts as plain words, 1, 2 and 5 of each power of ten, on axes of sizes."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    for axis in sides:
-        axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
-        axis.set_minor_formatter(NullFormatter())
+def residuals(axes: Any, found: Conclusion) -> None:
+    """How far each run lies off the law, against its compute; markers by tokens per parameter."""
+    parameters = found.settings.parameters
+    ratios = np.log([run.tokens / run.count(parameters) for run in found.runs])
+    edges = np.quantile(ratios, [1 / 3, 2 / 3])
+    names = [f"under {math.exp(edges[0]):.2g}", "between", f"over {math.exp(edges[1]):.2g}"]
+    styles = list(zip("v", [BLUE], strict=True)) + [("o", BLACK), ("^", VERMILION)]
+    for run, ratio, residual in zip(found.runs, ratios, found.fit.residuals, strict=True):
+        marker, colour = styles[int(np.searchsorted(edges, ratio))]
+        told = f"{says(run, parameters)}\n{-residual:+.2%} off the law"
+        point(axes, run.flops, -100 * residual, marker, says=told, color=colour, markersize=5, alpha=0.8)
+    for name, (marker, colour) in zip(names, styles, strict=True):
+        axes.plot([], [], marker, color=colour, markersize=5, label=f"{name} tokens per parameter")
+    axes.axhline(0, color=BLACK, linewidth=1)
+    rms = 100 * found.fit.rms_residual
+    axes.axhspan(-rms, rms, color=SKY, alpha=0.2, linewidth=0, label=f"root mean square, {rms:.2f}%")
+    axes.set(xscale="log", xlabel="training compute (FLOPs)", ylabel="measured loss above the law (%)")
+    axes.set_title("Residuals")
+    axes.legend(loc="best")
 
 
-def _size_label(parameters: ParameterCount) -> str:
-    return "parameters" if parameters == "total" else "non-embedding parameters"
+def extrapolation(axes: Any, found: Conclusion) -> None:
+    """The held-out budget: losses against size as measured, as the fit without it predicts, and the loss that was
+    carried forward."""
+    axes.set_title("Extrapolation: the largest budget, held out of the fit")
+    test, parameters = found.held_out, found.settings.parameters
+    if test is None:
+        axes.text(0.5, 0.5, "no held-out test (the remarks say why)", transform=axes.transAxes, ha="center")
+        return
+    by_name = {run.name: run for run in found.runs}
+    ordered = sorted(test.predictions, key=lambda p: p.params)
+    x = [p.params for p in ordered]
+    axes.plot(x, [p.predicted for p in ordered], "D--", color=VERMILION, markersize=5.5, label="predicted without it")
+    predicted = [p.predicted for p in ordered]
+    axes.fill_between(x, np.multiply(predicted, 0.97), np.multiply(predicted, 1.03), color=VERMILION, **BAND, label="3%")
+    for p in ordered:
+        told = f"{says(by_name[p.name], parameters)}\npredicted {p.predicted:.4f} ({p.relative_error:+.2%})"
+        point(axes, p.params, p.measured, "o", says=told, color=BLACK, markersize=6, zorder=4)
+    axes.plot([], [], "o", color=BLACK, label=f"measured, {canvas.power(test.flops)} FLOPs")
+    text = f"best of {canvas.power(test.carried_flops)} FLOPs"
+    axes.axhline(test.carried_loss, linestyle=":", color=BLUE, linewidth=1.6, label=text)
+    axes.set_xscale("log")
+    canvas.log_loss(axes, [v for p in ordered for v in (p.measured, p.predicted)] + [test.carried_loss])
+    canvas.plain_counts(axes.xaxis)
+    axes.set(xlabel=_name("params", parameters), ylabel="validation loss (nats per token)")
+    axes.legend(loc="best")
 
 
-def _power(value: float) -> str:
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+def law_against_runs(axes: Any, found: Conclusion) -> None:
+    """Predicted against measured loss with a band of 3%."""
+    fit, parameters = found.fit, found.settings.parameters
+    groups = by_budget(found.runs)
+    for index, (group, colour) in enumerate(zip(groups, canvas.ordered(len(groups)), strict=True)):
+        for run in group:
+            predicted = fit.law.loss(params=float(run.count(parameters)), tokens=float(run.tokens))
+            style = {"color": colour, "markersize": 5.5, "alpha": 0.9}
+            told = f"{says(run, parameters)}\npredicted {predicted:.4f}"
+            point(axes, run.loss, predicted, MARKERS[index % len(MARKERS)], says=told, **style)
+    values = [run.loss for run in found.runs]
+    ends = np.array([min(values) * 0.97, max(values) * 1.03])
+    axes.plot(ends, ends, "-", color=BLACK, linewidth=1)
+    axes.fill_between(ends, ends * 0.97, ends * 1.03, color=SKY, alpha=0.25, linewidth=0, label="within 3%")
+    canvas.log_loss(axes, values, both=True)
+    axes.set(xlim=ends, ylim=ends, xlabel="measured loss (nats per token)", ylabel="predicted loss (nats per token)")
+    axes.set_title("The law against the runs")
+    if fit.form.name == "chinchilla":
+        law = fit.law
+        text = (
+            f"$L = {law.E:.3g} + \\frac{{{canvas.tex(law.A)}}}{{params^{{{law.alpha:.3f}}}}}"
+            f" + \\frac{{{canvas.tex(law.B)}}}{{tokens^{{{law.beta:.3f}}}}}$"
+        )
+        axes.text(0.97, 0.05, text, transform=axes.transAxes, ha="right", va="bottom", fontsize=12)
+    axes.legend(loc="upper left")
 
 
-def _tex(value: float) -> str:
-    if 0.01 <= value < 1e5:
-        return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa} \\times 10^{{{int(exponent)}}}"
+def _optima(found: Conclusion) -> Allocation | None:
+    """The law's optimum from the smallest budget to the target; None where it has none."""
+    flops = [curve.flops for curve in found.isoflop.curves]
+    grid = np.geomspace(min(flops), max(max(flops), found.target_flops), BUDGETS)
+    best = allocation.optima(found.fit.law, flops=grid, flops_per_token=found.flops_per_token)
+    return best if np.all(np.isfinite(best.params)) else None
+
+
+def _frontier(found: Conclusion, what: str) -> tuple[np.ndarray, np.ndarray, tuple[Sequence[float], Sequence[float]]]:
+    """(budgets, the law's optimum, its 95% interval); empty where the law has no optimum."""
+    best = _optima(found)
+    if best is None:
+        return np.array([]), np.array([]), ([], [])
+    line = getattr(best, what)
+    if found.drawn is None:
+        return best.flops, line, (line, line)
+    drawn = found.drawn.optima(flops=best.flops, flops_per_token=found.flops_per_token)
+    spans = [found.drawn.interval(column) for column in getattr(drawn, what).T]
+    low, high = ([getattr(span, end) for span in spans] for end in ("low", "high"))
+    clear = [math.isfinite(a) and math.isfinite(b) for a, b in zip(low, high, strict=True)]
+    return best.flops, line, tuple(np.where(clear, side, line) for side in (low, high))
+
+
+def _name(what: str, parameters: ParameterCount) -> str:
+    if what == "tokens":
+        return "training tokens"
+    return {"total": "parameters", "non_embedding": "non-embedding parameters"}.get(parameters, "parameters with head")

@@ -7,26 +7,30 @@ carrying the previous budget's best loss forward, by a law whose numbers the run
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from research.core.types import UserError
-from research.scaling.fit import Fit, Points, fit_law
-from research.scaling.isoflop import IsoFlop, by_budget
 from research.scaling.allocation import FlopsPerToken, optimum
-from research.scaling.laws import Chinchilla
+from research.scaling.fit import Fit, Points, fit_law
+from research.scaling.forms import CHINCHILLA, Form
+from research.scaling.intervals import LEVEL, OPTIMUM, Bootstrap, Interval
+from research.scaling.isoflop import IsoFlop, Minima, by_budget
 from research.scaling.table import ParameterCount, Run
 
 WITHIN = 0.03
 SHARE_OF_CARRYING = 1 / 3
+FEWEST_HELD_OUT = 3  # runs: where the largest budget has fewer, so are the budgets below it
 
 
 @dataclass(frozen=True)
 class Recommendation:
     """A budget's model (params), its tokens and expected loss (nats per token). reach: flops over the
-    largest budget that was run; above 1 it extrapolates, and the sentence says so."""
+    largest budget that was run; above 1 it extrapolates, and the sentence says so. intervals: 95%, of "params",
+    "tokens" and "loss", where they are known."""
 
     flops: float
     params: float
@@ -34,7 +38,30 @@ class Recommendation:
     loss: float
     reach: float
     source: str
-    sentence: str
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
+
+    @property
+    def sentence(self) -> str:
+        subject = "the law recommends" if self.source == "law" else "the IsoFLOP minima recommend"
+        params, tokens = self._with_interval("params"), self._with_interval("tokens")
+        sentence = (
+            f"For {self.flops:.3g} FLOPs ({self.reach:.3g}x the largest budget) {subject} a model of {params} "
+            f"parameters trained on {tokens} tokens ({self.tokens / self.params:.3g} per parameter), with an "
+            f"expected loss of {self._with_interval('loss')} nats per token"
+        )
+        if self.reach > 1.01:
+            sentence += f"; this extrapolates {self.reach:.3g}x beyond the runs"
+            sentence += "" if self.source == "law" else ", by a power law for the loss that has no floor"
+        return sentence + "."
+
+    def _with_interval(self, name: str) -> str:
+        write = "{:.3f}".format if name == "loss" else _count
+        text, interval = write(getattr(self, name)), self.intervals.get(name)
+        if interval is None:
+            return text
+        if not interval.closed:
+            return f"{text} (95%: not identified)"
+        return f"{text} (95%: {write(interval.low)} to {write(interval.high)})"
 
 
 @dataclass(frozen=True)
@@ -119,22 +146,30 @@ class HeldOut:
         )
 
 
-def recommend(law: Chinchilla, *, flops: float, flops_per_token: FlopsPerToken, largest_flops: float) -> Recommendation:
+def recommend(
+    law: Any,
+    *,
+    flops: float,
+    flops_per_token: FlopsPerToken,
+    largest_flops: float,
+    drawn: Bootstrap | None = None,
+) -> Recommendation:
     """The law's compute-optimal model at a budget, with FLOPs per token as a function of params.
 
-    largest_flops: the largest budget of the runs behind the law. Raises UserError where the law has no
-    optimum.
+    largest_flops: the largest budget of the runs behind the law. drawn: laws of resampled runs, for intervals. Raises
+    UserError where the law has no optimum.
     """
     best = optimum(law, flops=flops, flops_per_token=flops_per_token)
-    return _recommendation(flops, best.params, best.tokens, best.loss, largest_flops, "law")
+    intervals = {} if drawn is None else drawn.optimum(flops=flops, flops_per_token=flops_per_token)
+    return Recommendation(flops, best.params, best.tokens, best.loss, flops / largest_flops, "law", intervals)
 
 
 def recommend_from_isoflop(
-    found: IsoFlop, *, flops: float, flops_per_token: FlopsPerToken, largest_flops: float
+    found: IsoFlop, *, flops: float, flops_per_token: FlopsPerToken, largest_flops: float, minima: Minima | None = None
 ) -> Recommendation:
     """The same from the power laws through the IsoFLOP minima: params from its law, tokens from the budget.
 
-    Raises UserError where fewer than two budgets are bracketed.
+    minima: resampled ones, for intervals. Raises UserError where fewer than two budgets are bracketed.
     """
     if found.params_law is None or found.loss_law is None:
         raise UserError(
@@ -143,29 +178,58 @@ def recommend_from_isoflop(
         )
     params = float(found.params_law(flops))
     tokens, loss = flops / flops_per_token(params), float(found.loss_law(flops))
-    return _recommendation(flops, params, tokens, loss, largest_flops, "IsoFLOP")
+    intervals = {} if minima is None else _isoflop_intervals(found, minima, flops, flops_per_token)
+    return Recommendation(flops, params, float(tokens), loss, flops / largest_flops, "IsoFLOP", intervals)
 
 
-def _recommendation(
-    flops: float, params: float, tokens: float, loss: float, largest: float, source: str
-) -> Recommendation:
-    reach = flops / largest
-    subject = "the law recommends" if source == "law" else "the IsoFLOP minima recommend"
-    sentence = (
-        f"For {flops:.3g} FLOPs ({reach:.3g}x the largest budget) {subject} a model of {_count(params)} "
-        f"parameters trained on {_count(tokens)} tokens ({tokens / params:.3g} per parameter), with an "
-        f"expected loss of {loss:.3f} nats per token"
+def _isoflop_intervals(
+    found: IsoFlop, minima: Minima, flops: float, flops_per_token: FlopsPerToken
+) -> dict[str, Interval]:
+    """Of the power laws through resampled minima, at a budget; tokens from the params and the budget."""
+    good = minima.draws[np.all(np.isfinite(minima.draws), axis=(1, 2))]
+    if len(good) < LEVEL * len(minima.draws):
+        return {name: Interval(-math.inf, math.inf) for name in OPTIMUM}
+    x = np.log([curve.flops for curve in found.bracketed])
+    solve = np.linalg.pinv(np.stack([np.ones_like(x), x], axis=1))
+    there = np.einsum("kc,rcq->rkq", solve, good)
+    at = np.exp(there[:, 0] + there[:, 1] * math.log(flops))  # [resamples, (params, tokens, loss)]
+    tail = 100 * (1 - LEVEL) / 2
+    params, _, loss = (Interval(*np.percentile(column, [tail, 100 - tail]).tolist()) for column in at.T)
+    ends = [float(flops / flops_per_token(end)) for end in (params.high, params.low)]
+    return {"params": params, "tokens": Interval(*ends), "loss": loss}
+
+
+def which_to_believe(
+    law: Recommendation | None, isoflop: Recommendation | None, held_out: HeldOut | None, fit: Fit
+) -> str | None:
+    """Whether the two recommendations agree, and which to go by where they do not; None without any."""
+    sound = fit.convergence.converged and not fit.not_identified
+    if law is None or isoflop is None:
+        return None
+    ratio = max(law.params / isoflop.params, isoflop.params / law.params)
+    inside = any(
+        one.intervals["params"].holds(other.params)
+        for one, other in ((law, isoflop), (isoflop, law))
+        if "params" in one.intervals and one.intervals["params"].closed
     )
-    if reach > 1.01:
-        sentence += f"; this extrapolates {reach:.3g}x beyond the runs"
-        sentence += "" if source == "law" else ", by a power law for the loss that has no floor"
-    return Recommendation(flops, params, tokens, loss, reach, source, sentence + ".")
+    if inside or (ratio < 1.1):
+        return f"The two agree within their intervals on the model's size (they differ by a factor of {ratio:.2f})."
+    believed = (
+        "go by the law, which passes the held-out test and uses every run; a parabola's minimum is biased where sizes "
+        "lie far to one side"
+        if sound and held_out is not None and held_out.passed
+        else "go by the IsoFLOP minima for the size, and by neither for the loss, for the law does not pass its tests"
+    )
+    return f"The two disagree on the model's size by a factor of {ratio:.2f}: {believed}."
 
 
-def hold_out(runs: Iterable[Run], *, parameters: ParameterCount = "total", delta: float = 1e-3) -> HeldOut:
+def hold_out(
+    runs: Iterable[Run], *, parameters: ParameterCount = "total", delta: float = 1e-3, form: Form = CHINCHILLA
+) -> HeldOut:
     """Fits the law without the largest budget and predicts each of its runs.
 
-    Raises UserError for fewer than three budgets, or too few runs below the largest.
+    Where the largest budget has fewer than three runs, so are those below it held out until there are three. Raises
+    UserError for fewer than three budgets, or too few runs below the largest.
     """
     groups = by_budget(run for run in runs if run.problem is None)
     if len(groups) < 3:
@@ -173,14 +237,16 @@ def hold_out(runs: Iterable[Run], *, parameters: ParameterCount = "total", delta
             f"The held-out test needs runs at 3 budgets or more, to fit without the largest; there are {len(groups)}."
         )
     *kept, last = groups
-    fit = fit_law(Points.of([run for group in kept for run in group], parameters=parameters), delta=delta)
+    while len(last) < FEWEST_HELD_OUT and len(kept) > 2:
+        last = kept.pop() + last
+    fit = fit_law(Points.of([run for group in kept for run in group], parameters=parameters), delta=delta, form=form)
     predictions = tuple(
         Prediction(
             run.name,
             run.count(parameters),
             run.tokens,
             float(run.loss),
-            float(fit.law.loss(params=run.count(parameters), tokens=run.tokens)),
+            float(fit.law.loss(params=float(run.count(parameters)), tokens=float(run.tokens))),
         )
         for run in last
     )

@@ -19,7 +19,7 @@ from research.core.types import UserError
 
 Status = Literal["finished", "running", "interrupted", "changed", "failed", "diverged", "missing"]
 STATUSES: tuple[str, ...] = typing.get_args(Status)
-ParameterCount = Literal["total", "non_embedding"]
+ParameterCount = Literal["total", "non_embedding", "with_head"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class Run:
     end of the run, nats per token. bits_per_byte: the same in bits per byte of text. seconds: wall-clock
     time. corpus_bytes, corpus_hash: size and content hash of the training text. experts: the most that a layer
     has, 0 for a dense model. active_params: the parameters that one token goes through, None for all of them.
+    head_params: those of the output head, whether tied or not. learning_rate: the schedule's peak. batch_tokens: tokens
+    of a step. warmup_tokens: seen while the learning rate rises. unique_tokens: of the training text, from where on
+    tokens repeat. schedule, tokenizer: in words, for reports.
     """
 
     name: str
@@ -46,6 +49,13 @@ class Run:
     corpus_hash: str | None = None
     experts: int | None = None
     active_params: int | None = None
+    head_params: int | None = None
+    learning_rate: float | None = None
+    batch_tokens: int | None = None
+    warmup_tokens: int | None = None
+    unique_tokens: int | None = None
+    schedule: str | None = None
+    tokenizer: str | None = None
 
     @property
     def active(self) -> int:
@@ -53,10 +63,18 @@ class Run:
         return self.params if self.active_params is None else self.active_params
 
     def count(self, parameters: ParameterCount) -> int:
-        """The parameter count of a convention. Raises UserError for a convention that does not exist."""
+        """The parameter count of a convention: all; without embedding tables and head; without embedding tables alone
+        (what is multiplied). Raises UserError for a convention that does not exist, or a head that is not known."""
         if parameters not in typing.get_args(ParameterCount):
-            raise UserError(f"parameters is {parameters!r}: choose 'total' or 'non_embedding'.")
-        return self.params if parameters == "total" else self.non_embedding_params
+            choices = ", ".join(repr(name) for name in typing.get_args(ParameterCount))
+            raise UserError(f"parameters is {parameters!r}: choose one of {choices}.")
+        if parameters == "total":
+            return self.params
+        if parameters == "non_embedding":
+            return self.non_embedding_params
+        if self.head_params is None:
+            raise UserError(f"The table does not say how many parameters the head of {self.name} has: count them otherwise.")
+        return self.non_embedding_params + self.head_params
 
     @property
     def problem(self) -> str | None:

@@ -21,12 +21,18 @@ class Tokens:
 
     count: float
 
+    def __str__(self) -> str:
+        return f"{self.count:,.0f} tokens"
+
 
 @dataclass(frozen=True)
 class Flops:
     """A length in training FLOPs (``research.scaling.cost``)."""
 
     count: float
+
+    def __str__(self) -> str:
+        return f"{self.count:.3g} FLOPs"
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,18 @@ class Steps:
 
     count: int
 
+    def __str__(self) -> str:
+        return f"{self.count:,} steps"
+
 
 @dataclass(frozen=True)
 class Share:
     """A share of the run, 0 to 1."""
 
     of: float
+
+    def __str__(self) -> str:
+        return f"{self.of:.3g} of the run"
 
     def __post_init__(self) -> None:
         if not 0 <= self.of <= 1:
@@ -89,6 +101,11 @@ class Schedule:
     def __post_init__(self) -> None:
         if not 0 <= self.final <= 1:
             raise UserError(f"A schedule's final is a fraction of its peak, 0 to 1; given {self.final}.")
+
+    def __str__(self) -> str:
+        ends = "" if self.shape == "constant" else f" to {self.final:g} of the peak"
+        over = f" over the last {self.decay}" if self.shape == "wsd" else ""
+        return f"{self.shape}{ends}{over}, warm-up over {self.warmup}"
 
     def value(self, peak: float, clock: Clock, step: int) -> float:
         """The learning rate of step ``step`` (from 0). A decaying one ends at ``final * peak``, at the last step."""
