@@ -18,7 +18,7 @@ from research.train.experiment import CheckpointPolicy, Experiment
 
 WIDTHS = {6e10: (16, 32), 2.4e11: (24, 48), 9.6e11: (40, 80)}  # about half and about twice the best size
 RATES = (0.004, 0.008, 0.016, 0.032)
-ROWS = (4, 8, 16, 32)  # of 32 tokens
+ROWS = (4, 8, 16, 32, 64)  # of 32 tokens
 
 
 def grid(
@@ -36,7 +36,7 @@ def grid(
                     optimizer=replace(base.optimizer, peak=rate),
                 )
                 models = {f"w{width}-b{count * 32}-lr{rate:g}": quickstart.model(width) for width in sizes}
-                found |= ladder.isoflop(tried, models=models, budgets=(budget,), min_steps=100)
+                found |= ladder.isoflop(tried, models=models, budgets=(budget,), min_steps=50)
     return found
 
 
@@ -47,3 +47,10 @@ def sweep() -> dict[str, Experiment]:
 def smallest() -> dict[str, Experiment]:
     """The same study in a minute: it shows that all of it works, not what the rules are."""
     return grid({6e9: (8, 16)}, rates=(0.004, 0.012, 0.036), rows=(4, 8, 16))
+
+
+def analyze(runs: Table, out: Path) -> None:
+    from research.scaling.tuning_report import write_tuning  # here: training needs no drawing
+
+    found = write_tuning(runs, out, title=f"Learning rate and batch on {type(quickstart.CORPUS).__name__}")
+    print("\n".join(found.sentences))

@@ -46,7 +46,7 @@ def study(widths: Widths, *, dense: Widths, min_steps: int) -> dict[str, Experim
     for budget, sizes in widths.items():
         models = {f"{f'e{n}' if n else 'dense'}-w{width}": model(width, experts=n) for n in KINDS for width in sizes}
         models |= {f"dense-w{width}": model(width, experts=0) for width in dense.get(budget, ())}
-        adjust, base = quickstart.rate, quickstart.base()
+        adjust, base = quickstart.adjust, quickstart.base()
         found |= ladder.isoflop(base, models=models, budgets=(budget,), adjust=adjust, min_steps=min_steps)
     return found
 

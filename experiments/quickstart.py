@@ -61,7 +61,7 @@ def base() -> Experiment:
     )
 
 
-def rate(experiment: Experiment) -> Experiment:
+def adjust(experiment: Experiment) -> Experiment:
     """The learning rate falls with the square root of the width."""
     peak = 0.016 * (32 / experiment.model.d_model) ** 0.5
     return replace(experiment, optimizer=replace(experiment.optimizer, peak=peak))
@@ -70,14 +70,14 @@ def rate(experiment: Experiment) -> Experiment:
 def sweep() -> dict[str, Experiment]:
     models = [model(width) for width in WIDTHS]
     return ladder.isoflop(
-        base(), models=models, budgets=BUDGETS, tokens_per_param=(4.2, 50), adjust=rate, min_steps=400
+        base(), models=models, budgets=BUDGETS, tokens_per_param=(4.2, 50), adjust=adjust, min_steps=400
     )
 
 
 def smallest() -> dict[str, Experiment]:
     """The same study in under a minute: it shows that all of it works, not what the law is."""
     models = [model(width) for width in (8, 12, 16)]
-    return ladder.isoflop(base(), models=models, budgets=(6e9, 1.2e10, 2.4e10), adjust=rate, min_steps=40)
+    return ladder.isoflop(base(), models=models, budgets=(6e9, 1.2e10, 2.4e10), adjust=adjust, min_steps=40)
 
 
 def analyze(runs: Table, out: Path) -> None:

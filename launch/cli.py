@@ -187,13 +187,14 @@ def add_laws(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--flops", type=float, required=True, help="the budget, in training FLOPs")
     sub.add_argument("--served", type=float, metavar="TOKENS", help="tokens that the model will serve in its life")
     sub.add_argument("--unique-tokens", type=float, metavar="TOKENS", help="tokens that there are to train on")
-    sub.add_argument("--family", default="llama", help="shape of the models to build: llama, gpt, small")
+    sub.add_argument("--family", help="shape of the models to build: llama, gpt, small (default: the study's own)")
     sub.add_argument("--out", type=Path, metavar="FILE", help="where the experiment file goes (default: under --runs)")
     sub = add("next", laws_of("suggest"), "propose the runs that most shrink the interval of the optimal size")
     add_runs(sub)
     sub.add_argument("--budget", type=float, required=True, metavar="FLOPS", help="what the runs may cost together")
     sub.add_argument("--flops", type=float, help="the target budget (default: 10 times the largest run)")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="also write next.json there")
+    sub.add_argument("--family", help="shape of the models to build: llama, gpt, small (default: the study's own)")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where next.py and next.json go (default: --runs)")
 
 
 def laws_of(command: str) -> Callable[[argparse.Namespace], int]:

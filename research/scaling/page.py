@@ -66,7 +66,6 @@ def effective_html(record: Mapping[str, Any], picture: bytes) -> str:
     names = ("run", "FLOPs", "params", "active params", "tokens", "loss", "dense loss", "effective dense size", "times")
     words = "".join(f"<p>{_text(sentence)}</p>" for sentence in record["sentences"])
     meaning = "".join(f"<p>{_text(sentence)}</p>" for sentence in record["meaning"].values())
-    left_out = [f"{name}: {reason}" for name, reason in record["excluded"].items()]
     sections = [
         *(f"<p>{_text(note)}</p>" for note in record["notes"]),
         f"<h2>What it says</h2>{words}",
@@ -78,9 +77,34 @@ def effective_html(record: Mapping[str, Any], picture: bytes) -> str:
             ("run", "FLOPs", "params", "tokens", "loss"),
             [[_number(run[name]) for name in ("name", "flops", "params", "tokens", "loss")] for run in record["dense"]],
         ),
-        f"<p>Left out: {_text('; '.join(left_out))}.</p>" if left_out else "",
+        _left_out(record["excluded"]),
     ]
     return _document(record["title"], sections)
+
+
+def tuning_html(record: Mapping[str, Any], picture: str) -> str:
+    """The page of a study of learning rates and batches, from what tuning.json holds; ``picture`` is an SVG."""
+    rows = [
+        (
+            *(_number(best[name]) for name in ("flops", "params", "tokens", "learning_rate", "batch_tokens", "loss")),
+            best["problem"] or f"off by {best['rms_residual']:.2%}",
+        )
+        for best in record["best"]
+    ]
+    names = ("FLOPs", "params", "tokens", "best learning rate", "best batch (tokens)", "loss there", "surface")
+    sections = [
+        *(f"<p>{_text(note)}</p>" for note in record["notes"]),
+        "<h2>What it says</h2>" + "".join(f"<p>{_text(sentence)}</p>" for sentence in record["sentences"]),
+        f"<div>{picture}</div>",
+        f"<h2>Optima</h2>{_table(names, rows)}",
+        _left_out(record["excluded"]),
+    ]
+    return _document(record["title"], sections)
+
+
+def _left_out(excluded: Mapping[str, str]) -> str:
+    told = "; ".join(f"{name}: {reason}" for name, reason in excluded.items())
+    return f"<p>Left out: {_text(told)}.</p>" if told else ""
 
 
 def _document(title: str, sections: Iterable[str]) -> str:

@@ -55,7 +55,7 @@ class Recommendation:
         return sentence + "."
 
     def _with_interval(self, name: str) -> str:
-        write = "{:.3f}".format if name == "loss" else _count
+        write = "{:.3f}".format if name == "loss" else count_words
         text, interval = write(getattr(self, name)), self.intervals.get(name)
         if interval is None:
             return text
@@ -264,7 +264,8 @@ def _ratio(error: float, other: float) -> float:
     return error / other
 
 
-def _count(value: float) -> str:
+def count_words(value: float) -> str:
+    """1.4e12 -> "1.4 trillion"."""
     for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
         if value >= size:
             return f"{value / size:.3g} {word}"

@@ -16,7 +16,7 @@ from research.core.types import UserError
 from research.scaling.intervals import Interval
 from research.scaling.table import Run
 
-NEAR = 0.06  # of the best loss: runs farther above it say little about where the minimum lies
+NEAR = 0.10  # of the best loss: runs farther above it say little about where the minimum lies
 FEWEST_RUNS = 8  # two more than a quadratic in two variables has numbers
 RESAMPLES = 2000
 
