@@ -20,11 +20,12 @@ LINE = 110
 
 @dataclass(frozen=True)
 class Planned:
-    """A run to write: a model and its training FLOPs."""
+    """A run to write: a model, its training FLOPs, and the tokens that these are by the count of the runs it is from."""
 
     name: str
     model: Decoder
     flops: float
+    tokens: float
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Like:
 
     def nearest(self, params: float) -> str:
         """The name of the study's dense experiment that is nearest in size, of those of the largest budget first."""
-        names = [name for name, e in self.study.experiments.items() if not cost.experts(e.model)] or list(self.study.experiments)
+        names = [name for name, e in self.study.experiments.items() if not cost.experts(e.model)] or list(
+            self.study.experiments
+        )
 
         def distance(name: str) -> tuple[float, float]:
             experiment = self.study.experiments[name]
@@ -111,7 +114,7 @@ def _from_scratch(planned: Sequence[Planned]) -> str:
             f'    mlp=Mlp(d_ff={m.mlp.d_ff}, activation="{m.mlp.activation}"), remat="full",\n)'
         )
         calls.append(
-            f'"{run.name}": planned(\n    "{run.name}", flops={run.flops:.6g}, rate={rate:.3g}, rows={rows},\n'
+            f'"{run.name}": planned(\n    "{run.name}", tokens={run.tokens:.6g}, rate={rate:.3g}, rows={rows},\n'
             f"    model={indent(model, '    ').lstrip()},\n),"
         )
     return f'''from research.data import sources
@@ -122,14 +125,14 @@ from research.models.attention import Attention
 from research.models.decoder import Decoder
 from research.models.mlp import Mlp
 from research.objectives.next_token import NextToken
-from research.train.experiment import AdamW, Experiment, Flops
+from research.train.experiment import AdamW, Experiment, Tokens
 from research.train.optimizers import Schedule, Share
 
 CORPUS = sources.Stdlib()  # yours: sources.TextFolder("path/to/folder"), sources.Jsonl("file.jsonl"), ...
 VOCABULARY = {planned[0].model.vocab_size}
 
 
-def planned(name: str, *, flops: float, rate: float, rows: int, model: Decoder) -> Experiment:
+def planned(name: str, *, tokens: float, rate: float, rows: int, model: Decoder) -> Experiment:
     """Learning rate and batch are DeepSeek LLM's laws at this budget (Bi et al. 2024): tune them for your text."""
     tokenizer = SentencePiece(vocab_size=VOCABULARY)
     source = TextSource(corpus=CORPUS, tokenizer=tokenizer, batch_size=rows, sequence_length={SEQUENCE_LENGTH})
@@ -139,7 +142,7 @@ def planned(name: str, *, flops: float, rate: float, rows: int, model: Decoder) 
         objective=NextToken(),
         source=source,
         optimizer=AdamW(peak=rate, schedule=Schedule("cosine", warmup=Share(0.01))),
-        length=Flops(flops),
+        length=Tokens(tokens),
         evals=(Validation(source.validation(num_batches=8), NextToken()),),
     )
 

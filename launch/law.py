@@ -68,7 +68,9 @@ def settings(options: argparse.Namespace, *, form: forms.Form = forms.CHINCHILLA
 def fit(options: argparse.Namespace) -> int:
     loaded = load(options)
     form = next(form for form in forms.FORMS if form.name == options.law)
-    conventions = {} if loaded.like is not None else {name: "as the CSV file has them" for name in ("loss", "flops", "tokens")}
+    conventions = (
+        {} if loaded.like is not None else {name: "as the CSV file has them" for name in ("loss", "flops", "tokens")}
+    )
     if options.parameters != "total":
         conventions["params"] = report.PARAMETER_CONVENTION[options.parameters]
     elif loaded.like is None:
@@ -101,9 +103,12 @@ def recommend(options: argparse.Namespace) -> int:
     path = options.out or options.runs / "recommended.py"
     written = experiment_file.write(
         path,
-        [Planned("recommended", model, advice.train_flops)],
+        [Planned("recommended", model, advice.train_flops, advice.tokens_of(cost.params(model).total))],
         like=loaded.like,
-        words=(f"The model that {options.flops:.3g} FLOPs are best spent on, by the runs of {loaded.title}.", *advice.sentences),
+        words=(
+            f"The model that {options.flops:.3g} FLOPs are best spent on, by the runs of {loaded.title}.",
+            *advice.sentences,
+        ),
     )
     print(f"The experiment is written to {written}: lab run {written} --only recommended")
     return 0
@@ -123,7 +128,11 @@ def suggest(options: argparse.Namespace) -> int:
     loaded = load(options)
     found = analyse(loaded.table, settings=replace(settings(options), correct=False))
     proposal = design.propose(
-        found.fit, budget=options.budget, target_flops=found.target_flops, flops_per_token=found.flops_per_token
+        found.fit,
+        budget=options.budget,
+        target_flops=found.target_flops,
+        flops_per_token=found.flops_per_token,
+        drawn=found.drawn,
     )
     print("\n".join((*loaded.notes, *found.remarks, *proposal.sentences)))
     if options.out is not None:
@@ -131,7 +140,7 @@ def suggest(options: argparse.Namespace) -> int:
         write_atomically(options.out / "next.json", json.dumps(finite(record), indent=2, allow_nan=False) + "\n")
     family = chosen_family(loaded, options.family)
     planned = [
-        Planned(f"next-{i + 1}", buildable.nearest(family, params=run.params), run.flops)
+        Planned(f"next-{i + 1}", buildable.nearest(family, params=run.params), run.flops, run.tokens)
         for i, run in enumerate(proposal.runs)
     ]
     path = (options.out or options.runs) / "next.py"

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from research.core.types import UserError
 from research.scaling.allocation import Allocation, Lifetime, constrained, lifetime_optimum, optimum
 from research.scaling.analysis import Conclusion
+from research.scaling.fit import Fit, Points, fit_law
 from research.scaling.forms import ROUTED
 from research.scaling.intervals import Interval
 from research.scaling.laws import CLARK_S_BASE, RoutedExperts
-from research.scaling.fit import Fit, Points, fit_law
 from research.scaling.recommend import count_words
 from research.scaling.table import Run
-from research.core.types import UserError
 
 LIFETIMES = 300  # resampled laws behind the interval of a lifetime's optimum
 COUNTS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -44,13 +44,19 @@ class Advice:
     experts: Experts
     found: Conclusion
 
+    def tokens_of(self, params: int) -> float:
+        """What the training FLOPs buy a model of so many params."""
+        return self.train_flops / float(self.found.flops_per_token(float(params)))
+
     def as_built(self, params: int) -> str:
         """What the law expects of a model that can be built, on the same budget, against the best size."""
         law, cost = self.found.fit.law, self.found.flops_per_token
-        tokens = self.train_flops / float(cost(float(params)))
+        tokens = self.tokens_of(params)
         loss = float(law.loss(params=float(params), tokens=tokens))
         best = float(law.loss(params=self.params, tokens=self.train_flops / float(cost(self.params))))
-        text = f"Built so, {self.train_flops:.3g} FLOPs train it on {count_words(tokens)} tokens to an expected {loss:.3f}"
+        text = (
+            f"Built so, {self.train_flops:.3g} FLOPs train it on {count_words(tokens)} tokens to an expected {loss:.3f}"
+        )
         if self.found.drawn is not None:
             drawn = self.found.drawn
             span = drawn.interval(drawn.laws.loss(params=float(params), tokens=tokens))
@@ -76,7 +82,9 @@ def advise(found: Conclusion, *, served: float | None = None, unique_tokens: flo
         params, train, built = lifetime.best.params, lifetime.best.flops, "inference-aware"
     experts = experts_that_pay(params, _own_experts(found.runs))
     sentences.append(_expert_words(experts, params))
-    sentences.append(f"To be built: the {built} model, {count_words(params)} parameters for {train:.3g} training FLOPs.")
+    sentences.append(
+        f"To be built: the {built} model, {count_words(params)} parameters for {train:.3g} training FLOPs."
+    )
     return Advice(params, train, tuple(sentences), lifetime, scarce, experts, found)
 
 
@@ -150,7 +158,9 @@ def experts_that_pay(params: float, own: Fit | None = None) -> Experts:
         if times < before * PAYS:
             break
         paying, before = count, times
-    return Experts(tuple(worth), paying, "Clark et al. 2022" if own is None else "these runs")
+    return Experts(
+        tuple(worth), paying, "Clark et al. 2022 (for their text and setting)" if own is None else "these runs"
+    )
 
 
 def _expert_words(experts: Experts, params: float) -> str:
@@ -158,9 +168,10 @@ def _expert_words(experts: Experts, params: float) -> str:
     if experts.paying == 1:
         return f"By the law of {experts.source} experts do not pay at {count_words(params)} active parameters ({told})."
     times = dict(experts.worth)[experts.paying]
+    most = "all that were considered, " if experts.paying == COUNTS[-1] else ""
     return (
-        f"Experts: by the law of {experts.source} (another text and setting unless these runs') up to {experts.paying} experts "
-        f"pay at this size, worth a dense model {times:.2g} times as large (each doubling at least {PAYS - 1:.0%}; {told})."
+        f"Experts: by the law of {experts.source} up to {experts.paying} experts ({most}each doubling worth at least {PAYS - 1:.0%}) "
+        f"pay at this size, for a loss as of a dense model {times:.2g} times as large ({told})."
     )
 
 
@@ -169,5 +180,3 @@ def _with(value: float, span: Interval | None, *, loss: bool = False) -> str:
     if span is None:
         return write(value)
     return f"{write(value)} (95%: {f'{write(span.low)} to {write(span.high)}' if span.closed else 'not identified'})"
-
-

@@ -130,8 +130,9 @@ def optima(
     with jax.enable_x64(True):
         cost = as_tree(flops_per_token)
         leaves = [np.asarray(value, float) for value in numbers(laws).values()]
-        many = leaves[0].ndim > 0
-        stacked = jax.tree.map(lambda value: np.atleast_1d(np.asarray(value, float)), laws)
+        many = any(value.ndim > 0 for value in leaves)
+        count = max(np.size(value) for value in leaves)
+        stacked = jax.tree.map(lambda value: np.broadcast_to(np.asarray(value, float), (count,)), laws)
         size = np.asarray(_optima(stacked, flops, cost, others))
         params = np.exp(size)
         tokens = flops / np.vectorize(flops_per_token, otypes=[float])(params)

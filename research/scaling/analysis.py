@@ -141,7 +141,9 @@ def analyse(table: Table, *, settings: Settings | None = None, curves: Curves | 
         profiles=profiles,
         isoflop=found,
         minima=minima,
-        envelope=attempt(lambda: envelope.fit_envelope(runs, curves, parameters=parameters), remarks) if curves else None,
+        envelope=attempt(lambda: envelope.fit_envelope(runs, curves, parameters=parameters), remarks)
+        if curves
+        else None,
         held_out=held_out,
         target_flops=target,
         from_law=from_law,
@@ -233,7 +235,9 @@ def _remarks(table: Table, runs: list[Run], fit: Fit, found: IsoFlop) -> list[st
     for index in np.nonzero(residuals > max(FAR * typical, 0.01))[0][:10]:
         off = -fit.residuals[index]
         name = fit.points.names[index] if fit.points.names else f"point {index + 1}"
-        remarks.append(f"{name} lies {off:+.1%} off the law, {residuals[index] / typical:.0f} times the typical residual.")
+        remarks.append(
+            f"{name} lies {off:+.1%} off the law, {residuals[index] / typical:.0f} times the typical residual."
+        )
     for what, values in (
         ("corpus", {(run.corpus_bytes, run.corpus_hash) for run in runs}),
         ("tokenizer", {run.tokenizer for run in runs}),
@@ -241,7 +245,9 @@ def _remarks(table: Table, runs: list[Run], fit: Fit, found: IsoFlop) -> list[st
     ):
         if len(values) > 1:
             verb = "on" if what == "corpus" else "with"
-            told = f"The runs were not trained {verb} one {what} but {verb} {len(values)}: their losses may not compare."
+            told = (
+                f"The runs were not trained {verb} one {what} but {verb} {len(values)}: their losses may not compare."
+            )
             remarks.append(told)
     repeated = [run for run in runs if run.unique_tokens is not None and run.tokens > 1.001 * run.unique_tokens]
     if repeated:

@@ -60,7 +60,9 @@ LARGE = ((0, 128), (2048, 256), (4096, 512), (8192, 1024))
 
 def llama(vocab_size: int = 32_000) -> Family:
     """Gated feed-forward layers of 8/3 the width, heads of 128, about 100 of width for each layer (Touvron et al. 2023)."""
-    base = Decoder(vocab_size=vocab_size, d_model=1024, num_layers=8, attention=Attention(num_heads=8), mlp=Mlp(d_ff=2816))
+    base = Decoder(
+        vocab_size=vocab_size, d_model=1024, num_layers=8, attention=Attention(num_heads=8), mlp=Mlp(d_ff=2816)
+    )
     return Family("llama", base, 128, 8 / 3, 256, LARGE, aspect=110.0)
 
 

@@ -43,9 +43,7 @@ def picture(draw: Draw, *, name: str, width: float = 7.2, height: float = 4.8) -
     return panels([draw], name=name, columns=1, width=width, height=height)
 
 
-def panels(
-    draws: Sequence[Draw], *, name: str, columns: int, width: float, height: float, title: str = ""
-) -> Pictures:
+def panels(draws: Sequence[Draw], *, name: str, columns: int, width: float, height: float, title: str = "") -> Pictures:
     """Several panels in one picture, row by row, as PNG and SVG; width and height of the whole in inches. name: told
     apart from other pictures of one page by it."""
     import matplotlib
@@ -84,7 +82,7 @@ def _told(svg: str, titles: Mapping[str, str], name: str) -> str:
 
     svg = re.sub(r'<g id="(point-\d+)">', with_title, svg[svg.index("<svg") :])
     # beyond one page's pictures ids are of axes, ticks and glyphs: only what is referred to must differ
-    for kind in ('id="', 'xlink:href="#', 'url(#'):
+    for kind in ('id="', 'xlink:href="#', "url(#"):
         svg = re.sub(rf"{re.escape(kind)}(?!{re.escape(name)}-)", f"{kind}{name}-", svg)
     return svg
 

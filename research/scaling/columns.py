@@ -110,7 +110,9 @@ def _table(rows: Sequence[Mapping[str, str]], columns: Mapping[str, str], path: 
             text = (row.get(columns.get(key, "")) or "") if key in columns else ""
             try:
                 values[key] = number(text)
-                units += bool(text) and bool(re.search(r"[a-z]", re.sub(r"e[-+]?\d+|nan|inf", "", text, flags=re.I), re.I))
+                units += bool(text) and bool(
+                    re.search(r"[a-z]", re.sub(r"e[-+]?\d+|nan|inf", "", text, flags=re.I), re.I)
+                )
             except ValueError:
                 values[key], problem = math.nan, f"line {line}: the {key} is {text!r}, which is not a number"
         if problem is None:

@@ -77,7 +77,11 @@ LADDER: tuple[tuple[str, Correction], ...] = (
 
 
 def compare(
-    runs: Sequence[Run], *, delta: float = 1e-3, resamples: int = 1000, ladder: Sequence[tuple[str, Correction]] = LADDER
+    runs: Sequence[Run],
+    *,
+    delta: float = 1e-3,
+    resamples: int = 1000,
+    ladder: Sequence[tuple[str, Correction]] = LADDER,
 ) -> tuple[tuple[Variant, ...], tuple[str, ...]]:
     """Every correction that the runs allow, and a sentence for each that they do not. A correction that changes no run
     is left out."""

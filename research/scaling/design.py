@@ -25,7 +25,9 @@ from research.scaling.recommend import count_words
 
 SIZES = 17  # candidate sizes of a budget, from an eighth to eight times its optimum
 BUDGETS = 12  # candidate budgets, from the smallest run to what may be spent
-MOST_RUNS = 40
+REACH = 1.5  # how far beyond the runs' sizes and tokens per parameter a candidate may lie: the law is not known there
+MOST_RUNS = 12
+LEAST_SHARE = 0.02  # of the variance left: no run is worth its trouble that removes less
 SIMULATIONS = 1000
 
 
@@ -41,24 +43,20 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Design:
-    """runs: in the order of choice. before, after: the 95% interval of the optimal params at ``target_flops``, from
-    simulated studies that were refitted: the runs as they are, and with the proposed ones."""
+    """runs: in the order of choice. before: the 95% interval of the optimal params at ``target_flops``; after: the one
+    to expect. narrower: the width of the second over that of the first, in log params, from simulated studies that were
+    refitted: the runs as they are, and with the proposed ones."""
 
     target_flops: float
     optimal_params: float
     runs: tuple[Proposal, ...]
     before: Interval
     after: Interval
+    narrower: float
 
     @property
     def flops(self) -> float:
         return sum(run.flops for run in self.runs)
-
-    @property
-    def narrower(self) -> float:
-        """The width of the interval after over that before, in log params."""
-        before, after = (math.log(i.high / i.low) if i.closed else math.inf for i in (self.before, self.after))
-        return after / before if math.isfinite(before) else 0.0 if math.isfinite(after) else 1.0
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -69,7 +67,7 @@ class Design:
         ]
         return (
             f"The optimal size at {self.target_flops:.3g} FLOPs is {count_words(self.optimal_params)} parameters, between "
-            f"{_ends(self.before)} (95%, simulated).",
+            f"{_ends(self.before)} (95%).",
             f"{len(self.runs)} runs, {self.flops:.3g} FLOPs together:",
             *lines,
             f"Expected after them: between {_ends(self.after)}, an interval {self.narrower:.2f} times as wide (in logs).",
@@ -82,11 +80,13 @@ def propose(
     budget: float,
     target_flops: float,
     flops_per_token: FlopsPerToken = allocation.six_per_param,
+    drawn: Bootstrap | None = None,
     seed: int = 0,
 ) -> Design:
     """Runs that cost at most ``budget`` FLOPs together, each from the smallest budget that was run up to all of it.
 
-    Residuals' spread is taken to stay as it is. Raises UserError for a budget below the smallest run, or where the law
+    drawn: the fit's bootstrap, for the interval before; without it that is simulated too. Residuals' spread is taken
+    to stay as it is. Raises UserError for a budget below the smallest run, or where the law
     has no optimum at the target.
     """
     allocation.check_flops(budget)
@@ -102,28 +102,44 @@ def propose(
     rows, done, slope = (np.asarray(value) for value in (rows, done, slope))
     chosen, shares = _greedy(rows, done, slope, candidates[2], budget)
     if not chosen:
-        raise UserError(f"No run that costs at most {budget:.3g} FLOPs would narrow the interval: give a larger budget.")
+        raise UserError(
+            f"No run like those there are that costs at most {budget:.3g} FLOPs would narrow the interval: give a larger budget."
+        )
     params, tokens, flops = (values[chosen] for values in candidates)
     runs = [Proposal(*map(float, run)) for run in zip(flops, params, tokens, shares, strict=True)]
     simulate = functools.partial(_simulated, fit, target_flops=target_flops, flops_per_token=flops_per_token, seed=seed)
-    before = simulate(np.array([]), np.array([]))
-    return Design(float(target_flops), best.params, tuple(runs), before, simulate(params, tokens))
+    before, after = simulate(np.array([]), np.array([])), simulate(params, tokens)
+    narrower = _width(after) / _width(before) if before.closed else float(not after.closed)
+    if drawn is not None:
+        before = drawn.optimum(flops=target_flops, flops_per_token=flops_per_token)["params"]
+        ends = (best.params * (end / best.params) ** narrower for end in (before.low, before.high))
+        after = Interval(*ends) if before.closed else after
+    return Design(float(target_flops), best.params, tuple(runs), before, after, narrower)
+
+
+def _width(interval: Interval) -> float:
+    return math.log(interval.high / interval.low) if interval.closed else math.inf
 
 
 def _candidates(fit: Fit, budget: float, flops_per_token: FlopsPerToken) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(params, tokens, FLOPs) of runs that could be made: sizes about the optimum of each of some budgets."""
     points = fit.points
     cost = np.vectorize(flops_per_token, otypes=[float])
-    ran = cost(points.params) * points.tokens
-    smallest = float(ran.min())
+    smallest = float((cost(points.params) * points.tokens).min())
     if budget < smallest:
-        raise UserError(f"{budget:.3g} FLOPs are less than the smallest run had ({smallest:.3g}): give a larger budget.")
+        raise UserError(
+            f"{budget:.3g} FLOPs are less than the smallest run had ({smallest:.3g}): give a larger budget."
+        )
     budgets = np.geomspace(smallest, budget, BUDGETS)
     best = optima(fit.law, flops=budgets, flops_per_token=flops_per_token).params
     best = np.where(np.isfinite(best), best, math.exp(np.log(points.params).mean()))
     params = (best[:, None] * np.geomspace(1 / 8, 8, SIZES)).ravel()
     flops = budgets.repeat(SIZES)
-    return params, flops / cost(params), flops
+    tokens = flops / cost(params)
+    known = np.ones(len(params), bool)
+    for values, ran in ((params, points.params), (tokens / params, points.tokens / points.params)):
+        known &= (values >= ran.min() / REACH) & (values <= ran.max() * REACH)
+    return params[known], tokens[known], flops[known]
 
 
 def _greedy(
@@ -148,14 +164,14 @@ def _greedy(
     while len(chosen) < MOST_RUNS:
         inverse = covariance(chosen)
         gain = np.where(flops <= left * (1 + 1e-9), removed(inverse), -1.0)
-        pick = int(np.argmax(gain / flops))
-        if gain[pick] <= 0:
+        variance = slope @ inverse @ slope
+        if gain.max() < LEAST_SHARE * variance:
             break
-        # among runs that do at least half of what the best does: the cheapest of all would be repeated without end
+        # of the runs that do at least half of what the best does: the very cheapest would be repeated without end
         strong = np.nonzero(gain >= 0.5 * gain.max())[0]
         pick = int(strong[np.argmax(gain[strong] / flops[strong])])
         chosen.append(pick)
-        shares.append(float(gain[pick] / (slope @ inverse @ slope)))
+        shares.append(float(gain[pick] / variance))
         left -= flops[pick]
     return chosen, shares
 

@@ -30,7 +30,10 @@ def write_effective(table: Table, out: Path, *, title: str, notes: Sequence[str]
     out = Path(out)
     write_csv(table, out / "table.csv")
     found = compare(table)
-    draws = [lambda a: effective_plots.loss_by_kind(a, found=found), lambda a: effective_plots.effective_size(a, found=found)]
+    draws = [
+        lambda a: effective_plots.loss_by_kind(a, found=found),
+        lambda a: effective_plots.effective_size(a, found=found),
+    ]
     picture = canvas.panels(draws, name="moe_scaling", columns=2, width=13, height=4.8, title=title)
     record = page.finite(
         {

@@ -52,9 +52,13 @@ def fit_envelope(
     Only amounts of compute that at least three sizes have reached count. Raises UserError for fewer than three
     runs with a curve, or fewer than three sizes on the envelope, which is then a matter of two models.
     """
-    found = [(run, np.array(curves[run.name])) for run in runs if run.problem is None and len(curves.get(run.name, ())) > 1]
+    found = [
+        (run, np.array(curves[run.name])) for run in runs if run.problem is None and len(curves.get(run.name, ())) > 1
+    ]
     if len({run.count(parameters) for run, _ in found}) < FEWEST_SIZES:
-        raise UserError(f"An envelope needs training curves of {FEWEST_SIZES} model sizes; there are {len(found)} runs.")
+        raise UserError(
+            f"An envelope needs training curves of {FEWEST_SIZES} model sizes; there are {len(found)} runs."
+        )
     sizes = np.array([run.count(parameters) for run, _ in found], float)
     per_token = np.array([run.flops / run.tokens for run, _ in found])
     ends = [(line[0, 0], line[-1, 0]) for _, line in found]
@@ -107,5 +111,3 @@ def _intervals(
     low, high = np.percentile(slopes, [tail, 100 - tail], axis=0)
     names = ("params_in_compute", "tokens_in_compute")
     return {name: Interval(float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
-
-

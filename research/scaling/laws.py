@@ -251,7 +251,9 @@ MUENNIGHOFF = DataConstrained(
     E=float(np.exp(0.6254804)), A=float(np.exp(6.255414)), B=float(np.exp(7.3049974)), alpha=0.3526596,
     beta=0.3526596, R_D=15.387756, R_N=5.309743,
 )  # fmt: skip
-CLARK_S_BASE = RoutedExperts(a=-0.082, b=-0.108, c=0.009, d=1.104, E_start=1.847, E_max=314.478)  # Clark et al., table 3
+CLARK_S_BASE = RoutedExperts(
+    a=-0.082, b=-0.108, c=0.009, d=1.104, E_start=1.847, E_max=314.478
+)  # Clark et al., table 3
 KRAJEWSKI = FineGrainedExperts(c=0.47, g=2.1, gamma=0.58, a=18.1, alpha=0.115, b=30.8, beta=0.147)  # Krajewski et al.
 DEEPSEEK_LEARNING_RATE = PowerLaw(0.3118, -0.1250)  # Bi et al. 2024 (DeepSeek LLM), section 3.1
 DEEPSEEK_BATCH_TOKENS = PowerLaw(0.2920, 0.3271)

@@ -168,7 +168,9 @@ def _lane(form: Form, measure: Measure | None, shared: Any, theta: Any, damping:
         new = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), (trial, there), (theta, here))
         softer = jnp.where(accepted, damping / 6, jnp.maximum(damping, 1e-10) * 4)
         finished = ended | still | flat | (softer > MOST_DAMPING)
-        kept = jax.tree.map(lambda a, b: jnp.where(ended | still, a, b), (theta, damping, here), (new[0], softer, new[1]))
+        kept = jax.tree.map(
+            lambda a, b: jnp.where(ended | still, a, b), (theta, damping, here), (new[0], softer, new[1])
+        )
         return (*kept, finished)
 
     theta, damping, here, ended = jax.lax.fori_loop(0, ROUND, step, (theta, damping, at(theta), jnp.array(False)))

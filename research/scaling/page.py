@@ -122,7 +122,11 @@ def _law(record: Mapping[str, Any]) -> str:
         rows.append((name, _number(value), *(_span(span) for span in spans)))
     intervals = _table(("", "value", "95% by bootstrap", "95% by profile likelihood"), rows)
     optimum = [
-        (name, *(_number((record["recommendation"]["law"] or {}).get(name)),), _span(record["profile_intervals_95"].get(name)))
+        (
+            name,
+            *(_number((record["recommendation"]["law"] or {}).get(name)),),
+            _span(record["profile_intervals_95"].get(name)),
+        )
         for name in ("params", "tokens", "loss")
         if name in record["profile_intervals_95"]
     ]
@@ -153,7 +157,10 @@ def _approaches(record: Mapping[str, Any]) -> str:
     if record["envelope"]:
         spans = record["envelope"]["intervals_95"]
         exponents = [record["envelope"][f"{name}_law"]["exponent"] for name in ("params", "tokens")]
-        cells = [f"{e:.3f} ({_span(spans.get(f'{n}_in_compute'))})" for e, n in zip(exponents, ("params", "tokens"), strict=True)]
+        cells = [
+            f"{e:.3f} ({_span(spans.get(f'{n}_in_compute'))})"
+            for e, n in zip(exponents, ("params", "tokens"), strict=True)
+        ]
         rows.append(("1: envelope of training curves", *cells))
     isoflop = record["isoflop"]
     if isoflop["params_law"]:
@@ -181,7 +188,13 @@ def _approaches(record: Mapping[str, Any]) -> str:
 
 def _corrections(record: Mapping[str, Any]) -> str:
     rows = [
-        (v["name"], str(v["num_runs"]), f"{v['params_in_compute']:.3f}", _span(v["interval_95"]), f"{v['rms_residual']:.2%}")
+        (
+            v["name"],
+            str(v["num_runs"]),
+            f"{v['params_in_compute']:.3f}",
+            _span(v["interval_95"]),
+            f"{v['rms_residual']:.2%}",
+        )
         for v in record["corrections"]
     ]
     names = ("counted", "runs", "params in compute", "95%", "residual")

@@ -179,7 +179,10 @@ def contours(axes: Any, found: Conclusion) -> None:
 
     parameters, law = found.settings.parameters, found.fit.law
     sizes, tokens = found.fit.points.params, found.fit.points.tokens
-    x, y = np.geomspace(sizes.min() / 2, sizes.max() * 3, CELLS), np.geomspace(tokens.min() / 2, tokens.max() * 3, CELLS)
+    x, y = (
+        np.geomspace(sizes.min() / 2, sizes.max() * 3, CELLS),
+        np.geomspace(tokens.min() / 2, tokens.max() * 3, CELLS),
+    )
     loss = law.loss(params=x[None], tokens=y[:, None])
     levels = np.geomspace(loss.min() * 1.001, loss.max(), 16)
     filled = axes.contourf(x, y, loss, levels=levels, cmap="viridis_r", alpha=0.55, norm=matplotlib.colors.LogNorm())
@@ -239,7 +242,9 @@ def extrapolation(axes: Any, found: Conclusion) -> None:
     x = [p.params for p in ordered]
     axes.plot(x, [p.predicted for p in ordered], "D--", color=VERMILION, markersize=5.5, label="predicted without it")
     predicted = [p.predicted for p in ordered]
-    axes.fill_between(x, np.multiply(predicted, 0.97), np.multiply(predicted, 1.03), color=VERMILION, **BAND, label="3%")
+    axes.fill_between(
+        x, np.multiply(predicted, 0.97), np.multiply(predicted, 1.03), color=VERMILION, **BAND, label="3%"
+    )
     for p in ordered:
         told = f"{says(by_name[p.name], parameters)}\npredicted {p.predicted:.4f} ({p.relative_error:+.2%})"
         point(axes, p.params, p.measured, "o", says=told, color=BLACK, markersize=6, zorder=4)

@@ -142,7 +142,12 @@ def law_record(
             "runs": sorted(set(found.envelope.names)),
         },
         "corrections": [
-            {"name": v.name, "num_runs": v.num_runs, "params_in_compute": v.params_in_compute, "rms_residual": v.fit.rms_residual}
+            {
+                "name": v.name,
+                "num_runs": v.num_runs,
+                "params_in_compute": v.params_in_compute,
+                "rms_residual": v.fit.rms_residual,
+            }
             | {"interval_95": v.interval and dataclasses.asdict(v.interval)}
             for v in found.variants
         ],
@@ -153,7 +158,12 @@ def law_record(
             "belief": found.belief,
         },
         "flops_per_token": found.cost and dataclasses.asdict(found.cost),
-        "conventions": {"params": PARAMETER_CONVENTION[parameters], **CONVENTIONS, **(conventions or {}), **_settings(runs)},
+        "conventions": {
+            "params": PARAMETER_CONVENTION[parameters],
+            **CONVENTIONS,
+            **(conventions or {}),
+            **_settings(runs),
+        },
         "parameters": parameters,
         "corpora": [{"bytes": size, "hash": digest} for size, digest in corpora],
         "excluded": dict(found.excluded),

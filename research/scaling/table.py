@@ -73,7 +73,9 @@ class Run:
         if parameters == "non_embedding":
             return self.non_embedding_params
         if self.head_params is None:
-            raise UserError(f"The table does not say how many parameters the head of {self.name} has: count them otherwise.")
+            raise UserError(
+                f"The table does not say how many parameters the head of {self.name} has: count them otherwise."
+            )
         return self.non_embedding_params + self.head_params
 
     @property

@@ -66,13 +66,17 @@ def surface(axes: Any, best: Best) -> None:
             point(axes, run.learning_rate, run.loss, marker, says=told, color=colour, markersize=5)
         axes.plot([], [], marker + "-", color=colour, label=f"{batch:,} tokens a step")
     if best.problem is None:
-        told = f"optimum: learning rate {best.learning_rate:.3g}, {best.batch_tokens:,.0f} tokens a step, {best.loss:.4f}"
+        told = (
+            f"optimum: learning rate {best.learning_rate:.3g}, {best.batch_tokens:,.0f} tokens a step, {best.loss:.4f}"
+        )
         style = {"color": VERMILION, "markerfacecolor": "none", "markeredgewidth": 1.6, "markersize": 13}
         point(axes, best.learning_rate, best.loss, "*", says=told, **style)
     axes.set_xscale("log")
     canvas.log_loss(axes, [run.loss for run in best.runs])
     axes.set(xlabel="peak learning rate", ylabel="validation loss (nats per token)")
-    axes.set_title(f"{canvas.power(best.flops)} FLOPs, {best.params:,} parameters" + ("" if best.problem is None else ": open"))
+    axes.set_title(
+        f"{canvas.power(best.flops)} FLOPs, {best.params:,} parameters" + ("" if best.problem is None else ": open")
+    )
     axes.legend(loc="best")
 
 
