@@ -238,7 +238,7 @@ class _Lanes:
             again = self.search(missing.any(axis=0), FARTHEST * reach, SPACING * reach)
             found = np.where(missing, again, found)
         with np.errstate(over="ignore"):
-            low, high = np.where(self.logs, np.exp(found), found)
+            low, high = np.where(self.logs & np.isfinite(found), np.exp(found), found)
         return low, high
 
     def search(self, which: np.ndarray, farthest: float, spacing: float) -> np.ndarray:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Synthetic studies: runs whose losses follow a known law, with or without noise."""
 
+import csv
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from research.scaling.fit import Points
 from research.scaling.laws import Chinchilla
 from research.scaling.table import Run, Table
 
@@ -56,3 +59,26 @@ def true_law() -> Chinchilla:
 @pytest.fixture(scope="session")
 def make_study() -> Callable[..., Table]:
     return study
+
+
+@pytest.fixture(scope="session")
+def chinchilla_csv(shared_data: Path) -> Path:
+    """245 points read off figure 4 of Hoffmann et al. 2022 (Besiroglu et al. 2024)."""
+    path = shared_data / "chinchilla_figure4_epoch.csv"
+    if not path.is_file():
+        pytest.skip(f"needs the published points, and there is no {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def all_chinchilla_points(chinchilla_csv: Path) -> Points:
+    with open(chinchilla_csv, newline="") as file:
+        rows = list(csv.DictReader(file))
+    params, flops, loss = (np.array([float(r[c]) for r in rows]) for c in ("Model Size", "Training FLOP", "loss"))
+    return Points(params, flops / (6 * params), loss)
+
+
+@pytest.fixture(scope="session")
+def chinchilla_points(all_chinchilla_points: Points) -> Points:
+    """Without the five highest losses, as in Besiroglu et al. 2024."""
+    return all_chinchilla_points.take(np.argsort(all_chinchilla_points.loss)[:-5])

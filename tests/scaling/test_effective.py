@@ -11,7 +11,7 @@ import pytest
 from research.core.types import UserError
 from research.scaling.effective import compare, dense_compute, dense_size
 from research.scaling.effective_report import write_effective
-from research.scaling.laws import closed_form_optimum, six_per_param
+from research.scaling.allocation import closed_form_optimum, six_per_param
 from research.scaling.table import Table
 
 TIMES = {8: 2.0, 16: 3.0}

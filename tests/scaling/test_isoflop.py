@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from research.core.types import UserError
-from research.scaling.isoflop import by_budget, fit_curve, fit_isoflop
-from research.scaling.laws import closed_form_optimum
+from research.scaling.isoflop import by_budget, fit_curve, fit_isoflop, resample
+from research.scaling.allocation import closed_form_optimum
 from research.scaling.table import Run
 
 
@@ -86,3 +86,31 @@ def test_budgets_are_grouped_within_a_few_percent():
 def test_a_curve_without_a_parabola_cannot_be_read():
     with pytest.raises(UserError, match="No parabola"):
         fit_curve(runs_at({10_000: 3.0, 30_000: 2.9}))(20_000)
+
+
+def test_minima_s_intervals_hold_the_truth_and_narrow_with_the_noise(make_study, true_law):
+    widths = []
+    for noise in (0.001, 0.004):
+        found = fit_isoflop(make_study(noise=noise, seed=5, spread=2.0, sizes=7))
+        minima = resample(found)
+        for index, curve in enumerate(found.bracketed):
+            best = closed_form_optimum(true_law, flops=curve.flops)
+            span = minima.interval(index, "params")
+            assert span.holds(curve.params) and minima.interval(index, "loss").holds(curve.loss)
+            assert span.low / 1.1 < best.params < span.high * 1.1  # a parabola is biased by a few percent
+        slope = minima.exponents["params"]
+        assert slope.holds(found.params_law.exponent)
+        low, high = minima.bands[found.bracketed[0].flops]
+        assert low.shape == high.shape and (low < high).all()
+        widths.append(slope.high - slope.low)
+    assert 2 < widths[1] / widths[0] < 8
+
+
+def test_noise_that_hides_the_minimum_leaves_no_interval(make_study):
+    found = fit_isoflop(make_study(noise=0.05, seed=1, spread=1.3, sizes=5))
+    minima = resample(found)
+    assert any(not minima.interval(index, "params").closed for index in range(len(found.bracketed)))
+
+
+def test_three_sizes_have_no_residuals(make_study):
+    assert resample(fit_isoflop(make_study(sizes=3))) is None

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws as functions: the optimum against its closed form, and with costs that are not 6 FLOPs per
-parameter."""
+"""Laws as functions: published values, what one law has in common with another, numbers that may be arrays."""
 
+import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from research.core.types import UserError
-from research.scaling.laws import Chinchilla, PowerLaw, closed_form_optimum, fit_power_law, optimum
-
-HOFFMANN = Chinchilla(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
+from research.scaling import laws
+from research.scaling.laws import CLARK_S_BASE, HOFFMANN, KAPLAN, KRAJEWSKI, MUENNIGHOFF, PowerLaw, fit_power_law
 
 
 def test_loss_of_the_published_law():
@@ -18,42 +15,80 @@ def test_loss_of_the_published_law():
     assert HOFFMANN.loss(params=70e9, tokens=1.4e12) == pytest.approx(1.9366, abs=2e-4)
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    st.floats(0.5, 3),
-    st.floats(5, 2000),
-    st.floats(5, 2000),
-    st.floats(0.2, 0.6),
-    st.floats(0.2, 0.6),
-    st.floats(10, 24),
+@pytest.mark.parametrize(
+    ("params", "tokens", "loss"), [(6.34e9, 242e9, 2.2256440890), (8.67e9, 178e9, 2.2269634075)]
 )
-def test_search_agrees_with_the_closed_form(E, A, B, alpha, beta, log_flops):
-    law = Chinchilla(E=E, A=A, B=B, alpha=alpha, beta=beta)
-    closed = closed_form_optimum(law, flops=10**log_flops)
-    if not 10 < closed.params < 1e15:
-        return
-    found = optimum(law, flops=10**log_flops)
-    assert found.params == pytest.approx(closed.params, rel=1e-4)
-    assert found.loss == pytest.approx(closed.loss, rel=1e-9)
+def test_data_constrained_vectors(params, tokens, loss):
+    assert MUENNIGHOFF.loss(params=params, tokens=tokens, unique_tokens=25e9) == pytest.approx(loss, abs=1e-9)
 
 
-def test_optimum_spends_the_budget_at_the_given_cost():
-    def cost(params):
-        return 6 * params + 5e6  # a head and attention that small models cannot escape
-
-    best = optimum(HOFFMANN, flops=1e17, flops_per_token=cost)
-    assert best.tokens * cost(best.params) == pytest.approx(1e17)
-    assert best.params > closed_form_optimum(HOFFMANN, flops=1e17).params
-    for factor in (0.97, 1.03):
-        params = best.params * factor
-        assert HOFFMANN.loss(params=params, tokens=1e17 / cost(params)) > best.loss
+def test_tokens_that_do_not_repeat_are_worth_themselves():
+    params, tokens = 1e9, 20e9
+    law = MUENNIGHOFF.fresh
+    assert MUENNIGHOFF.loss(params=1e8, tokens=tokens, unique_tokens=1e12) == pytest.approx(
+        law.loss(params=1e8, tokens=tokens), rel=1e-12
+    )
+    losses = [MUENNIGHOFF.loss(params=params, tokens=tokens, unique_tokens=u) for u in (1e9, 4e9, 2e10, 4e10)]
+    assert losses[0] > losses[1] > losses[2] == losses[3]
 
 
-def test_no_trade_off_is_refused():
-    with pytest.raises(UserError, match="no compute-optimal model size"):
-        optimum(Chinchilla(E=2, A=0.0, B=100, alpha=0.3, beta=0.3), flops=1e12)
-    with pytest.raises(UserError, match="positive number of FLOPs"):
-        optimum(HOFFMANN, flops=0)
+def test_repetition_saturates():
+    """However often, a corpus is worth at most 1 + R_D times its size."""
+    _, tokens = MUENNIGHOFF.effective(params=1e9, tokens=1e15, unique_tokens=1e9)
+    assert tokens == pytest.approx(1e9 * (1 + MUENNIGHOFF.R_D), rel=1e-6)
+
+
+def test_kaplan_s_limits():
+    """Without a limit on tokens the loss is (N_c / N)^alpha_N, without one on params (D_c / D)^alpha_D."""
+    assert KAPLAN.loss(params=1e8, tokens=1e30) == pytest.approx((6.4e13 / 1e8) ** 0.076, rel=1e-6)
+    assert KAPLAN.loss(params=1e40, tokens=1e10) == pytest.approx((1.8e13 / 1e10) ** 0.103, rel=1e-6)
+
+
+def test_over_training_is_chinchilla_s_law_with_equal_exponents():
+    law = laws.OverTraining(E=1.8, a=150.0, b=200.0, eta=0.14)
+    for params, tokens in ((1e8, 1e9), (1e9, 3e11)):
+        expected = law.as_chinchilla().loss(params=params, tokens=tokens)
+        assert law.loss(params=params, tokens=tokens) == pytest.approx(expected, rel=1e-12)
+    # at a constant ratio of tokens to params the reducible loss is a power law in compute: its exponent is eta
+    ratio = [law.loss(params=p, tokens=50 * p) - law.E for p in (1e7, 1e9)]
+    assert np.log(ratio[0] / ratio[1]) / np.log(1e4) == pytest.approx(law.eta)
+
+
+def test_experts_of_clark():
+    assert CLARK_S_BASE.effective_experts(1.0) == pytest.approx(1.847)
+    assert CLARK_S_BASE.effective_experts(1e12) == pytest.approx(314.478, rel=1e-3)
+    dense = CLARK_S_BASE.loss(params=3e9, experts=1.0)
+    assert CLARK_S_BASE.loss(params=1e9, experts=64.0) < CLARK_S_BASE.loss(params=1e9, experts=1.0)
+    worth = CLARK_S_BASE.effective_params(params=1e9, experts=64.0)
+    assert CLARK_S_BASE.loss(params=worth, experts=1.0) == pytest.approx(CLARK_S_BASE.loss(params=1e9, experts=64.0))
+    assert CLARK_S_BASE.loss(params=3e9, experts=1.0) == dense
+    # the gain ends where log10 N = -b / c, a trillion
+    last = 10 ** (0.108 / 0.009)
+    assert CLARK_S_BASE.effective_params(params=last, experts=64.0) == pytest.approx(last)
+
+
+def test_finer_experts_help_and_saturate():
+    losses = [KRAJEWSKI.loss(params=1e9, tokens=16e9, granularity=g) for g in (1.0, 4.0, 16.0, 1e9)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == pytest.approx(0.47 + 18.1 / 1e9**0.115 + 30.8 / 16e9**0.147, rel=1e-4)
+
+
+def test_frontier_params_are_those_whose_optimum_has_the_tokens():
+    from research.scaling.allocation import closed_form_optimum
+
+    best = closed_form_optimum(HOFFMANN, flops=1e21)
+    assert HOFFMANN.frontier_params(best.tokens) == pytest.approx(best.params)
+
+
+@pytest.mark.parametrize("law", [HOFFMANN, KAPLAN, MUENNIGHOFF, CLARK_S_BASE, KRAJEWSKI], ids=lambda law: type(law).__name__)
+def test_numbers_may_be_arrays_and_jax_agrees(law):
+    inputs = {"params": 1e9, "tokens": 2e10, "unique_tokens": 1e9, "experts": 8.0, "granularity": 4.0}
+    inputs = {name: inputs[name] for name in law.INPUTS}
+    many = type(law)(**{name: np.full(3, value) for name, value in laws.numbers(law).items()})
+    np.testing.assert_allclose(many.loss(**inputs), law.loss(**inputs), rtol=1e-14)
+    with jax.enable_x64(True):
+        mapped = jax.jit(jax.vmap(lambda one: one.loss(**inputs)))(many)
+    np.testing.assert_allclose(mapped, law.loss(**inputs), rtol=1e-12)
 
 
 def test_power_law_recovered_and_refused():
@@ -61,6 +96,9 @@ def test_power_law_recovered_and_refused():
     found = fit_power_law(x, y=3.5 * x**0.47)
     assert found.exponent == pytest.approx(0.47) and found.coefficient == pytest.approx(3.5)
     assert PowerLaw(2.0, 0.5)(16.0) == 8.0
+    # DeepSeek LLM at 1e20 FLOPs: about a thousandth, and about a million tokens
+    assert laws.DEEPSEEK_LEARNING_RATE(1e20) == pytest.approx(9.86e-4, rel=0.01)
+    assert laws.DEEPSEEK_BATCH_TOKENS(1e20) == pytest.approx(1.02e6, rel=0.01)
     with pytest.raises(UserError, match="at least 2 distinct"):
         fit_power_law([1.0, 1.0], y=[2.0, 3.0])
     with pytest.raises(UserError, match="positive"):

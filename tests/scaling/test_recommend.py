@@ -10,9 +10,11 @@ from research.models.attention import Attention
 from research.models.decoder import Decoder
 from research.models.mlp import Mlp
 from research.scaling import cost, ladder
-from research.scaling.isoflop import fit_isoflop
-from research.scaling.laws import closed_form_optimum
-from research.scaling.recommend import cost_model, hold_out, recommend, recommend_from_isoflop
+from research.scaling.allocation import closed_form_optimum, cost_model
+from research.scaling.fit import Points, fit_law
+from research.scaling.intervals import bootstrap
+from research.scaling.isoflop import fit_isoflop, resample
+from research.scaling.recommend import hold_out, recommend, recommend_from_isoflop, which_to_believe
 from research.scaling.table import Run, Table
 
 
@@ -84,3 +86,29 @@ def test_recommendation_from_isoflop(make_study, true_law):
             flops_per_token=cost_model(table),
             largest_flops=1e12,
         )
+
+
+def test_intervals_are_said(make_study, true_law):
+    table = make_study(noise=0.004, spread=2.0, sizes=7)
+    fit = fit_law(Points.of(table))
+    spend = {"flops": 3e12, "flops_per_token": cost_model(table), "largest_flops": 1e12}
+    found, isoflop = recommend(fit.law, **spend, drawn=bootstrap(fit, resamples=300)), fit_isoflop(table)
+    other = recommend_from_isoflop(isoflop, **spend, minima=resample(isoflop))
+    for one in (found, other):
+        assert all(one.intervals[name].holds(getattr(one, name)) for name in ("params", "tokens", "loss"))
+        assert one.sentence.count("(95%: ") == 3
+    assert found.intervals["params"].holds(closed_form_optimum(true_law, flops=3e12).params)
+    assert "The two agree" in which_to_believe(found, other, None, fit)
+    apart = dataclasses.replace(other, params=20 * other.params, intervals={})
+    found = dataclasses.replace(found, intervals={})
+    passed = hold_out(table)
+    assert "go by the law" in which_to_believe(found, apart, passed, fit) or not passed.passed
+    assert "go by the IsoFLOP minima" in which_to_believe(found, apart, None, fit)
+    assert which_to_believe(None, other, None, fit) is None
+
+
+def test_few_runs_at_the_largest_budget_are_joined_by_those_below(make_study):
+    runs = list(make_study())
+    few = runs[:-4]  # one of the five at 1e12 is left
+    test = hold_out(few)
+    assert len(test.predictions) == 6 and test.largest_relative_error < 1e-3
