@@ -71,6 +71,10 @@ class Form:
     def law(self, theta: Any, scale: Any) -> Any:
         raise NotImplementedError
 
+    def log_loss(self, theta: Any, scale: Any, inputs: Mapping[str, Any]) -> Any:
+        """Log of the predicted loss at each point."""
+        return jnp.log(self.law(theta, scale).loss(**inputs))
+
     def columns(self, shape: np.ndarray, inputs: Inputs, scale: np.ndarray) -> np.ndarray:
         """[points, levels]: what each level is multiplied by in ``target``."""
         raise NotImplementedError
@@ -140,6 +144,12 @@ class ChinchillaForm(Form):
         a, b, e, alpha, beta = theta
         A, B = jnp.exp(a + alpha * scale[0]), jnp.exp(b + beta * scale[1])
         return laws.Chinchilla(E=jnp.exp(e), A=A, B=B, alpha=alpha, beta=beta)
+
+    def log_loss(self, theta: Any, scale: Any, inputs: Mapping[str, Any]) -> Any:
+        """The same in log-sum-exp form (Hoffmann et al. 2022, eq. 3): three exponentials a point and no power."""
+        a, b, e, alpha, beta = theta
+        size, data = jnp.log(inputs["params"]) - scale[0], jnp.log(inputs["tokens"]) - scale[1]
+        return jnp.log(jnp.exp(a - alpha * size) + jnp.exp(b - beta * data) + jnp.exp(e))
 
     def columns(self, shape: np.ndarray, inputs: Inputs, scale: np.ndarray) -> np.ndarray:
         size = _power(shape[0], inputs["params"], scale[0])

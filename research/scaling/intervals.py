@@ -187,12 +187,12 @@ def profile(
         fit.points, form=fit.form, delta=math.inf
     )  # fmt: skip
     task = problem(fit.points, form=fit.form, delta=math.inf)
-    lanes = _Lanes(task, np.log(fit.points.loss)[None], best.theta[None], measure, at)
+    lanes = Profiles(task, np.log(fit.points.loss)[None], best.theta[None], measure, at)
     low, high = lanes.ends()
     return {name: Interval(float(low[0, i]), float(high[0, i])) for i, name in enumerate(names)}
 
 
-class _Lanes:
+class Profiles:
     """Profiles of all quantities of many data sets on the same design at once: log_loss [S, points], theta [S, K]."""
 
     def __init__(self, task: Problem, log_loss: np.ndarray, theta: np.ndarray, measure: Measure, at: Any) -> None:

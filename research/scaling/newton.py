@@ -20,8 +20,8 @@ import numpy as np
 from research.scaling.forms import Form
 
 BLOCK = 64  # lanes; their points fit a core's cache
-ROUND = 12  # Newton steps between two looks at which lanes have ended
-ROUNDS = 24
+ROUND = 8  # Newton steps between two looks at which lanes have ended
+ROUNDS = 40
 POINTS = 32  # the points are padded to a multiple, so that studies of like size share a program
 STILL = 1e-11  # a gradient as small as this, as ``Solved.gradient`` measures it, ends a lane
 FLAT = 1e-15  # so does a step that promises to lower the objective by less, relatively
@@ -179,7 +179,7 @@ def _lane(form: Form, measure: Measure | None, shared: Any, theta: Any, damping:
 
 
 def _residuals(form: Form, shared: Any, own: Any, theta: Any) -> Any:
-    return jnp.log(form.law(theta, shared["scale"]).loss(**shared["inputs"])) - own["log_loss"]
+    return form.log_loss(theta, shared["scale"], shared["inputs"]) - own["log_loss"]
 
 
 def _huber(residuals: Any, delta: Any) -> Any:

@@ -10,14 +10,15 @@ from html.parser import HTMLParser
 import pytest
 
 from research.core.types import UserError
-from research.scaling import plots
+from research.scaling import canvas, plots, report
+from research.scaling.allocation import closed_form_optimum
+from research.scaling.analysis import Settings, analyse
 from research.scaling.fit import Points, fit_law
-from research.scaling.isoflop import fit_isoflop
-from research.scaling.recommend import cost_model
 from research.scaling.report import write_report
 from research.scaling.table import Run, Table, read_csv
 
 PNG = b"\x89PNG\r\n\x1a\n"
+QUICK = Settings(resamples=0, correct=False)
 
 
 @pytest.fixture(scope="module")
@@ -28,28 +29,34 @@ def written(make_study, tmp_path_factory):
     runs[6] = replace(runs[6], status="failed", loss=None)
     runs.append(replace(runs[1], name="endless", loss=float("inf")))
     runs.append(Run("<planned>", 10, 5, 100, 6e3))
-    curves = {run.name: [(run.flops * s, run.loss * (1 + 0.1 * (1 - s))) for s in (0.2, 0.5, 1)] for run in runs[1:5]}
+    runs.append(replace(runs[3], name="again"))
+    shares = (0.01, 0.1, 0.3, 1)
+    curves = {run.name: [(run.flops * s, run.loss * s**-0.1) for s in shares] for run in runs[1:20] if run.loss}
     out = tmp_path_factory.mktemp("report") / "deep" / "er"
     table = Table(tuple(runs))
     return (
         table,
         out,
-        write_report(table, out, title="A <study>", notes=["Why & how."], curves=curves, resamples=20),
+        write_report(
+            table, out, title="A <study>", notes=["Why & how."], curves=curves, settings=Settings(resamples=100)
+        ),
     )
 
 
 def test_every_file_is_written(written):
     _, out, conclusion = written
-    assert {path.name for path in conclusion.files} == {path.name for path in out.iterdir()}
-    assert {"table.csv", "law.json", "report.html", "overview.png"} <= {path.name for path in out.iterdir()}
-    for path in conclusion.files:
+    names = {"overview", *plots.pictures(conclusion)}
+    pictures = {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    assert {path.name for path in out.iterdir()} == {"table.csv", "law.json", "report.html", *pictures}
+    for path in out.iterdir():
         assert path.stat().st_size > 0 and (path.suffix != ".png" or path.read_bytes().startswith(PNG))
+        assert path.suffix != ".svg" or path.read_text().startswith("<svg")
 
 
 def test_the_table_is_kept_whole(written):
     table, out, _ = written
     back = read_csv(out / "table.csv")
-    assert [run.name for run in back] == [run.name for run in table] and back.finished() == table.finished()
+    assert [run.name for run in back] == [run.name for run in table] and back.finished().runs == table.finished().runs
 
 
 def test_law_json_is_strict_and_complete(written):
@@ -60,12 +67,21 @@ def test_law_json_is_strict_and_complete(written):
 
     record = json.loads((out / "law.json").read_text(), parse_constant=refuse)
     assert record["law"]["alpha"] == conclusion.fit.law.alpha
-    assert record["fit"]["num_runs"] == len(record["fit"]["residuals"]) == len(table.finished())
+    assert record["fit"]["num_runs"] == len(record["fit"]["residuals"]) == len(table.finished()) - 1  # a copy
     assert record["convergence"]["converged"] is True and record["convergence"]["restarts"] >= 2
     assert record["held_out"]["passed"] is True and len(record["held_out"]["predictions"]) == 5
     assert record["parameters"] == "total" and "embedding tables" in record["conventions"]["params"]
     assert record["corpora"] == [{"bytes": 1_115_394, "hash": "86c4e6aa9db7c042"}]
-    assert set(record["intervals_95"]) == {"E", "A", "B", "alpha", "beta"}
+    numbers = {"E", "A", "B", "alpha", "beta", "params_in_compute", "tokens_in_compute"}
+    assert set(record["intervals_95"]) == numbers and record["resamples"] == 100
+    assert set(record["profile_intervals_95"]) == numbers | {"params", "tokens", "loss"}
+    for name in ("E", "A", "B", "alpha", "beta"):
+        span = record["intervals_95"][name]
+        assert span["low"] <= record["law"][name] <= span["high"]
+    assert set(record["recommendation"]["law"]["intervals"]) == {"params", "tokens", "loss"}
+    assert record["envelope"]["params_law"]["exponent"] > 0 and record["variable_projection"]["law"]["alpha"] > 0
+    assert record["conventions"]["tokenizer"] == "not recorded" and "warm-up" in " ".join(record["remarks"])
+    assert [c["name"] for c in record["corrections"]] and record["corrections"][0]["interval_95"]
     assert record["recommendation"]["law"]["reach"] == pytest.approx(10)
     assert record["flops_per_token"]["largest_error"] < 1e-3
     assert len(record["isoflop"]["curves"]) == 4 and record["isoflop"]["params_law"]["exponent"] > 0
@@ -74,11 +90,15 @@ def test_law_json_is_strict_and_complete(written):
 def test_exclusions_are_stated(written):
     _, out, conclusion = written
     page = (out / "report.html").read_text()
+    assert "again is left out: a copy of " in " ".join(conclusion.remarks)
     for name, reason in conclusion.excluded.items():
+        if name == "again":
+            continue
         sentence = f"{name} is left out of every fit: {reason}."
         assert sentence in conclusion.remarks
         assert sentence.replace("<", "&lt;").replace(">", "&gt;") in page
-    assert set(conclusion.excluded.values()) == {"diverged", "failed", "its loss is inf", "never ran"}
+    reasons = {"diverged", "failed", "its loss is inf", "never ran", "a copy of another run"}
+    assert set(conclusion.excluded.values()) == reasons
 
 
 class Links(HTMLParser):
@@ -88,7 +108,7 @@ class Links(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        self.sources += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
 
 
 def test_the_page_stands_alone(written):
@@ -96,8 +116,11 @@ def test_the_page_stands_alone(written):
     page = (out / "report.html").read_text()
     links = Links()
     links.feed(page)
-    assert len(links.sources) == 5 and all(s.startswith("data:image/png;base64,") for s in links.sources)
-    assert not {"script", "link", "iframe"} & set(links.tags) and "http" not in re.sub(r"base64,[^\"]*", "", page)
+    assert links.tags.count("svg") == len(plots.pictures(written[2]))
+    assert all(source.startswith(("#", "data:image/png;base64,")) for source in links.sources)
+    assert not {"script", "link", "iframe", "img"} & set(links.tags)
+    spaces = r'(?:xmlns(?::\w+)?="http://www\.w3\.org/[^"]*"|<!DOCTYPE[^>]*>|<metadata>.*?</metadata>)'
+    assert "http" not in re.sub(spaces, "", page, flags=re.DOTALL)
     assert "A &lt;study&gt;" in page and "Why &amp; how." in page and "&lt;planned&gt;" in page
     for words in (
         "86c4e6aa9db7c042",
@@ -109,16 +132,33 @@ def test_the_page_stands_alone(written):
     assert all(run.name in page for run in table.finished())
 
 
+def test_a_pointer_on_a_point_shows_its_run(written):
+    """In every picture that has a point for each run, the run's words are inside that point."""
+    table, out, conclusion = written
+    page = (out / "report.html").read_text()
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids)), "two things on the page have one id"
+    for picture in ("loss_against_compute", "isoflop", "contours", "residuals", "law"):
+        svg = (out / f"{picture}.svg").read_text()
+        told = re.findall(r'<g id="[^"]+" class="run"><title>([^<]+)</title>', svg)
+        assert {words.splitlines()[0] for words in told} >= {run.name for run in conclusion.runs}
+        assert all("minimum" in words or "FLOPs, loss" in words for words in told)
+        referred = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
+        assert referred <= set(re.findall(r' id="([^"]+)"', svg))
+
+
 @pytest.fixture
 def undrawn(monkeypatch):
     """Leaves the drawing out, for tests that are not about pictures."""
-    monkeypatch.setattr(plots, "panels", lambda *args, **kwargs: PNG)
+    names = ("overview", *plots.pictures(None))
+    monkeypatch.setattr(report, "draw", lambda *a, **k: {name: {"png": PNG, "svg": b"<svg></svg>"} for name in names})
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_other_parameters_change_the_law_and_are_stated(make_study, tmp_path):
     table = make_study()
-    conclusion = write_report(table, tmp_path, parameters="non_embedding", target_flops=5e11, resamples=0)
+    settings = Settings(parameters="non_embedding", target_flops=5e11, resamples=0, correct=False)
+    conclusion = write_report(table, tmp_path, settings=settings)
     record = json.loads((tmp_path / "law.json").read_text())
     assert "without embedding tables" in record["conventions"]["params"]
     assert conclusion.from_law.reach < 1 and "extrapolates" not in conclusion.from_law.sentence
@@ -126,20 +166,18 @@ def test_other_parameters_change_the_law_and_are_stated(make_study, tmp_path):
 
 
 def closed_form(table: Table) -> float:
-    from research.scaling.laws import closed_form_optimum
-
     return closed_form_optimum(fit_law(Points.of(table)).law, flops=5e11).params
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_what_cannot_be_had_is_a_remark_not_a_failure(make_study, tmp_path):
     runs = [replace(run, corpus_hash=f"corpus{i % 2}") for i, run in enumerate(make_study(budgets=(3e10, 3e11)))]
-    conclusion = write_report(Table(tuple(runs)), tmp_path, resamples=0)
+    conclusion = write_report(Table(tuple(runs)), tmp_path, settings=QUICK)
     remarks = " ".join(conclusion.remarks)
     assert conclusion.held_out is None and "held-out test needs runs at 3 budgets" in remarks
     assert "not trained on one corpus but on 2" in remarks
     lopsided = [run for run in make_study(spread=6) if run.params < 0.06 * run.flops**0.5]
-    conclusion = write_report(Table(tuple(lopsided)), tmp_path, resamples=0)
+    conclusion = write_report(Table(tuple(lopsided)), tmp_path, settings=QUICK)
     assert conclusion.from_isoflop is None and "not bracketed: run sizes" in " ".join(conclusion.remarks)
 
 
@@ -157,19 +195,35 @@ def test_too_little_is_one_sentence(make_study, tmp_path):
 
 
 def test_pictures_without_curves_or_minima(make_study):
-    runs = [run for run in make_study(sizes=2)]
-    points = Points.of(runs)
-    found, fit = fit_isoflop(runs), fit_law(points)
-    cost = {"fit": fit, "flops_per_token": cost_model(runs)}
-    png = plots.panels(
-        [
-            lambda a: plots.loss_against_compute(a, runs=runs, curves=None),
-            lambda a: plots.isoflop_curves(a, found=found),
-            lambda a: plots.optimal_size(a, found=found, **cost),
-            lambda a: plots.law_against_runs(a, runs=runs[:1], fit=fit),
-        ],
-        columns=2,
-        width=8,
-        height=6,
-    )
-    assert png.startswith(PNG)
+    found = analyse(make_study(sizes=2), settings=QUICK)
+    drawn = canvas.panels(list(plots.pictures(found).values()), name="all", columns=2, width=8, height=12)
+    assert found.minima is None and found.drawn is None and drawn["png"].startswith(PNG)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_runs_that_hide_something_are_remarked_upon(make_study, tmp_path):
+    runs = [replace(run, tokenizer="a", schedule="cosine", unique_tokens=run.tokens) for run in make_study(noise=0.002)]
+    runs[3] = replace(runs[3], loss=runs[3].loss * 1.08)
+    runs[5] = replace(runs[5], unique_tokens=runs[5].tokens // 3, schedule="constant")
+    larger = max(runs[:5], key=lambda run: run.params)
+    runs.append(replace(larger, name="worse", tokens=runs[0].tokens * 2, loss=9.0))
+    conclusion = write_report(Table(tuple(runs)), tmp_path, settings=QUICK)
+    said = " ".join(conclusion.remarks)
+    assert "worse is taken to have diverged" in said and conclusion.excluded["worse"] == "diverged"
+    assert f"{runs[3].name} lies +" in said and "off the law" in said
+    assert "1 of 20 runs see tokens again, up to 3 times" in said
+    assert "not trained with one schedule but with 2" in said and "tokenizer" not in said
+    assert json.loads((tmp_path / "law.json").read_text())["conventions"]["schedule"] == "constant; cosine"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("name", ["kaplan", "over-training"])
+def test_other_laws_of_params_and_tokens(make_study, tmp_path, name):
+    from research.scaling.forms import FORMS
+
+    form = next(form for form in FORMS if form.name == name)
+    write_report(make_study(noise=0.002), tmp_path, settings=Settings(form=form, resamples=50, correct=False))
+    record = json.loads((tmp_path / "law.json").read_text())
+    assert record["law"]["form"] == form.text and record["exponents"] is None
+    assert set(record["intervals_95"]) == set(record["law"]) - {"form"}
