@@ -5,7 +5,8 @@
 
 Both refit the same 240 points (Hoffmann et al. 2022's figure 4 as extracted by Besiroglu et al. 2024; points drawn from
 their law where the file is absent), drawn with the same weights, from the same start, by the same objective: the sum of
-Huber losses of log residuals in log-sum-exp form. The loop is scipy's L-BFGS-B with the exact gradient, on as well-scaled
+Huber losses of log residuals in log-sum-exp form. The loop is scipy's L-BFGS-B with the exact gradient, on as
+well-scaled
 coordinates, at tolerances that reach the minimum to about 1e-6 of the objective; its figure is the mean of ``--loop``
 refits. The first call of the solver, with its compilation, is given apart.
 """
@@ -45,10 +46,16 @@ def main() -> None:
     task, log_loss = problem(points), np.log(points.loss)
     solved = task.solve(np.tile(fit.theta, (options.loop, 1)), log_loss=log_loss, weights=counts[: options.loop])
     excess = loop / solved.objective - 1
-    print(f"{len(points)} points, {options.refits:,} refits: {batched:.2f} s (the first call, with compilation: {first:.2f} s)")
+    print(
+        f"{len(points)} points, {options.refits:,} refits: {batched:.2f} s (the first call, with compilation: "
+        f"{first:.2f} s)"
+    )
     print(f"scipy L-BFGS-B: {1000 * each:.1f} ms a refit, {each * options.refits:.0f} s for as many")
     print(f"ratio: {each * options.refits / batched:.0f} times as fast")
-    print(f"objective of the loop over that of the batch, minus 1: median {np.median(excess):.1e}, largest {excess.max():.1e}")
+    print(
+        f"objective of the loop over that of the batch, minus 1: median {np.median(excess):.1e}, largest "
+        f"{excess.max():.1e}"
+    )
 
 
 def published(path: Path) -> Points:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """An IsoFLOP study: how the best size and the best number of tokens grow with compute.
 
-Question:  Which model, trained on how many tokens, is best for a budget, and how sure can one be of it? (Hoffmann et al.
-           2022, all three approaches, on the Python standard library's source.) Six budgets, six sizes around the
+Question:  Which model, trained on how many tokens, is best for a budget, and how sure can one be of it? (Hoffmann et
+           al. 2022, all three approaches, on the Python standard library's source.) Six budgets, six sizes around the
            best of each; learning rate and batch by the rules that experiments/lr_batch.py found.
 Command:   lab sweep experiments/chinchilla.py
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,7 +48,13 @@ def adjust(experiment: Experiment) -> Experiment:
     )
 
 
-def study(widths: Mapping[float, tuple[int, ...]], *, min_steps: int) -> dict[str, Experiment]:
+def study(
+    widths: Mapping[float, tuple[int, ...]],
+    *,
+    min_steps: int,
+    adjust: Callable[[Experiment], Experiment] = adjust,
+) -> dict[str, Experiment]:
+    """Every width at its budget (FLOPs), with the learning rate and batch that ``adjust`` gives it."""
     base = replace(quickstart.base(), checkpoint=CheckpointPolicy(every=2000))
     found = {}
     for budget, sizes in widths.items():

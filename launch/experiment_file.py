@@ -20,7 +20,8 @@ LINE = 110
 
 @dataclass(frozen=True)
 class Planned:
-    """A run to write: a model, its training FLOPs, and the tokens that these are by the count of the runs it is from."""
+    """A run to write: a model, its training FLOPs, and the tokens that these are by the count of the runs it is
+    from."""
 
     name: str
     model: Decoder
@@ -52,8 +53,8 @@ class Like:
 
 
 def write(path: Path, planned: Sequence[Planned], *, like: Like | None, words: Sequence[str]) -> Path:
-    """Writes a study file whose ``sweep()`` are the planned runs: as those of ``like``, or from scratch. Raises UserError
-    for a path that does not end in .py."""
+    """Writes a study file whose ``sweep()`` are the planned runs: as those of ``like``, or from scratch. Raises
+    UserError for a path that does not end in .py."""
     path = Path(path)
     if path.suffix != ".py":
         raise UserError(f"An experiment is written to a Python file: {path} does not end in .py.")
@@ -72,7 +73,8 @@ def _from_study(planned: Sequence[Planned], like: Like) -> str:
     for run in planned:
         m = run.model
         calls.append(
-            f'"{run.name}": planned(\n    "{run.name}", like="{like.nearest(cost.params(m).total)}", flops={run.flops:.6g},\n'
+            f'"{run.name}": planned(\n    "{run.name}", like="{like.nearest(cost.params(m).total)}", '
+            f"flops={run.flops:.6g},\n"
             f"    d_model={m.d_model}, num_layers={m.num_layers}, num_heads={m.attention.num_heads}, "
             f"num_kv_heads={m.attention.num_kv_heads}, d_ff={m.mlp.d_ff},\n),"
         )
@@ -86,8 +88,8 @@ ADJUST = STUDY.get("adjust", lambda experiment: experiment)
 
 
 def planned(
-    name: str, *, like: str, flops: float, d_model: int, num_layers: int, num_heads: int, num_kv_heads: int | None, d_ff: int
-) -> Experiment:
+    name: str, *, like: str, flops: float, d_model: int, num_layers: int, num_heads: int, num_kv_heads: int | None,
+d_ff: int ) -> Experiment:
     base = STUDY["{function or "sweep"}"]()[like]
     attention = replace(base.model.attention, num_heads=num_heads, num_kv_heads=num_kv_heads)
     mlp = replace(base.model.mlp, d_ff=d_ff)

@@ -101,8 +101,10 @@ def _scarce(found: Conclusion, best: Allocation, unique_tokens: float) -> tuple[
         spans = laws.optimum(flops=found.target_flops, **spend)
     return scarce, (
         f"With {count_words(unique_tokens)} unique tokens: {_with(scarce.params, spans.get('params'))} parameters on "
-        f"{_with(scarce.tokens, spans.get('tokens'))} tokens ({scarce.tokens / unique_tokens:.2g} epochs), expected loss "
-        f"{_with(scarce.loss, spans.get('loss'), loss=True)}; the compute-optimal size would end at {loss_of_best:.3f} (repetition "
+        f"{_with(scarce.tokens, spans.get('tokens'))} tokens ({scarce.tokens / unique_tokens:.2g} epochs), "
+        f"expected loss "
+        f"{_with(scarce.loss, spans.get('loss'), loss=True)}; the compute-optimal size would end at "
+        f"{loss_of_best:.3f} (repetition "
         "is worth what Muennighoff et al. 2023 found, not what these runs tell)."
     )
 
@@ -149,8 +151,8 @@ def _own_experts(runs: tuple[Run, ...]) -> Fit | None:
 
 
 def experts_that_pay(params: float, own: Fit | None = None) -> Experts:
-    """How many experts a model of so many (active) params should have in every other layer, by Clark et al. 2022's law for
-    their text, or by the law of one's own runs. Theirs has the gain end near 1e12 params (log10 N = -b / c)."""
+    """How many experts a model of so many (active) params should have in every other layer, by Clark et al. 2022's
+    law for their text, or by the law of one's own runs. Theirs has the gain end near 1e12 params (log10 N = -b / c)."""
     law: RoutedExperts = CLARK_S_BASE if own is None else own.law
     worth = [(count, float(law.effective_params(params=params, experts=float(count))) / params) for count in COUNTS]
     paying, before = 1, 1.0
@@ -170,7 +172,8 @@ def _expert_words(experts: Experts, params: float) -> str:
     times = dict(experts.worth)[experts.paying]
     most = "all that were considered, " if experts.paying == COUNTS[-1] else ""
     return (
-        f"Experts: by the law of {experts.source} up to {experts.paying} experts ({most}each doubling worth at least {PAYS - 1:.0%}) "
+        f"Experts: by the law of {experts.source} up to {experts.paying} experts ({most}each doubling worth at "
+        f"least {PAYS - 1:.0%}) "
         f"pay at this size, for a loss as of a dense model {times:.2g} times as large ({told})."
     )
 

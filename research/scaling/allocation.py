@@ -160,20 +160,24 @@ def log_optimal_params(law: Any, flops: Any, *, cost: FlopsPerToken, others: Any
     (implicit function theorem).
     """
 
-    def loss(size: Any) -> Any:
+    def loss(law: Any, size: Any) -> Any:
         params = jnp.exp(size)
         return law.loss(params=params, tokens=flops / cost(params), **others)
 
+    still = jax.lax.stop_gradient(law)
     grid = jnp.linspace(math.log(SMALLEST), math.log(LARGEST), COARSE)
-    losses = loss(grid)
-    best = jnp.argmin(losses)
+    best = jnp.argmin(loss(still, grid))
     inside = (best > 0) & (best < COARSE - 1)
-    at, half = grid[best], grid[1] - grid[0]
-    for _ in range(ZOOMS):
+
+    def zoom(_: int, state: Any) -> Any:
+        at, half = state
         near = at + half * jnp.linspace(-1, 1, FINE)
-        at, half = near[jnp.argmin(loss(near))], half * 2 / (FINE - 1)
+        return near[jnp.argmin(loss(still, near))], half * 2 / (FINE - 1)
+
+    at, _ = jax.lax.fori_loop(0, ZOOMS, zoom, (grid[best], grid[1] - grid[0]))
     at = jax.lax.stop_gradient(at)
-    slope, bend = jax.grad(loss)(at), jax.grad(jax.grad(loss))(at)
+    falls = jax.grad(loss, argnums=1)
+    slope, bend = falls(law, at), jax.grad(falls, argnums=1)(law, at)
     step = jnp.where(bend > 0, -slope / jnp.where(bend > 0, bend, 1.0), 0.0)
     return jnp.where(inside, at + jnp.where(jnp.abs(step) < 1e-3, step, 0.0), jnp.nan)
 

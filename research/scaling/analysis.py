@@ -41,7 +41,8 @@ FLOPS_VARY = 0.1  # relative error of the cost model, from which on it is no fun
 class Settings:
     """How to analyse. parameters: which count stands in the law: "total" (as Hoffmann et al. 2022), "non_embedding" (as
     Kaplan et al. 2020), which changes the exponents of small models, or "with_head". target_flops: the budget to
-    recommend for; by default 10 times the largest. flops_per_token: training FLOPs per token as a function of params; by
+    recommend for; by default 10 times the largest. flops_per_token: training FLOPs per token as a function of params;
+    by
     default ``cost_model`` of the runs. delta: of the Huber loss. resamples: bootstrap fits (0: none). seed_noise: see
     ``intervals.bootstrap``. form: the law, one of params and tokens. correct: whether to compare ways of counting."""
 

@@ -2,8 +2,8 @@
 """The model that can be built nearest to a size: layers, width and heads of a family, in multiples that hardware likes.
 
 A family fixes how a decoder looks at any size: the width of its heads, the ratio of feed-forward to width, width over
-layers (or a fixed depth), and the multiples that widths come in. The matrix units of TPUs are 128 wide (256 from v6e on),
-so the large families have heads of 128 and widths of multiples of 128 and more, which also split over tensor axes.
+layers (or a fixed depth), and the multiples that widths come in. The matrix units of TPUs are 128 wide (256 from v6e
+on), so the large families have heads of 128 and widths of multiples of 128 and more, which also split over tensor axes.
 """
 
 import dataclasses
@@ -24,7 +24,8 @@ MOST_LAYERS = 160
 
 @dataclass(frozen=True)
 class Family:
-    """base: what all its models share (vocabulary, norms, positions, activation). aspect: d_model over layers; layers: a
+    """base: what all its models share (vocabulary, norms, positions, activation). aspect: d_model over layers;
+    layers: a
     fixed depth instead. head_dim; ff_ratio: d_ff over d_model, rounded to ``ff_multiple``. multiples: (from width,
     multiple of d_model), rising."""
 
@@ -59,7 +60,8 @@ LARGE = ((0, 128), (2048, 256), (4096, 512), (8192, 1024))
 
 
 def llama(vocab_size: int = 32_000) -> Family:
-    """Gated feed-forward layers of 8/3 the width, heads of 128, about 100 of width for each layer (Touvron et al. 2023)."""
+    """Gated feed-forward layers of 8/3 the width, heads of 128, about 100 of width for each layer (Touvron et al.
+    2023)."""
     base = Decoder(
         vocab_size=vocab_size, d_model=1024, num_layers=8, attention=Attention(num_heads=8), mlp=Mlp(d_ff=2816)
     )
@@ -128,7 +130,8 @@ def nearest(family: Family, *, params: float, parameters: ParameterCount = "tota
             break
     if best is None or ladder.count(best, parameters=parameters) > 2 * params:
         raise UserError(
-            f"The smallest {family.name} model has {smallest:,} parameters and {params:,.0f} are asked for: name a smaller "
+            f"The smallest {family.name} model has {smallest:,} parameters and {params:,.0f} are asked for: "
+            f"name a smaller "
             f"family ({', '.join(FAMILIES)})."
         )
     return best

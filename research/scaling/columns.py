@@ -195,7 +195,8 @@ def clean(table: Table) -> tuple[Table, tuple[str, ...]]:
         if better is not None and run.loss > better.loss * (1 + WORSE):
             runs[index] = replace(run, status="diverged")
             notes.append(
-                f"{run.name} is taken to have diverged: its loss {run.loss:.4g} is {run.loss / better.loss - 1:.0%} above "
+                f"{run.name} is taken to have diverged: its loss {run.loss:.4g} is "
+                f"{run.loss / better.loss - 1:.0%} above "
                 f"that of {better.name}, which is no larger and saw no more tokens."
             )
     seeds = len(good) - len({(run.params, run.tokens) for run in good})

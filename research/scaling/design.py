@@ -20,7 +20,7 @@ from research.core.types import UserError
 from research.scaling import allocation, projection
 from research.scaling.allocation import FlopsPerToken, optima, optimum
 from research.scaling.fit import Fit, as_law, problem
-from research.scaling.intervals import Bootstrap, Interval, expanded_percent
+from research.scaling.intervals import Bootstrap, Interval
 from research.scaling.recommend import count_words
 
 SIZES = 17  # candidate sizes of a budget, from an eighth to eight times its optimum
@@ -61,16 +61,19 @@ class Design:
     @property
     def sentences(self) -> tuple[str, ...]:
         lines = [
-            f"{count_words(run.params)} parameters on {count_words(run.tokens)} tokens ({run.flops:.3g} FLOPs), which removes "
+            f"{count_words(run.params)} parameters on {count_words(run.tokens)} tokens ({run.flops:.3g} FLOPs), "
+            f"which removes "
             f"{run.share:.0%} of the variance left"
             for run in self.runs
         ]
         return (
-            f"The optimal size at {self.target_flops:.3g} FLOPs is {count_words(self.optimal_params)} parameters, between "
+            f"The optimal size at {self.target_flops:.3g} FLOPs is {count_words(self.optimal_params)} "
+            f"parameters, between "
             f"{_ends(self.before)} (95%).",
             f"{len(self.runs)} runs, {self.flops:.3g} FLOPs together:",
             *lines,
-            f"Expected after them: between {_ends(self.after)}, an interval {self.narrower:.2f} times as wide (in logs).",
+            f"Expected after them: between {_ends(self.after)}, an interval {self.narrower:.2f} times as wide "
+            f"(in logs).",
         )
 
 
@@ -103,7 +106,8 @@ def propose(
     chosen, shares = _greedy(rows, done, slope, candidates[2], budget)
     if not chosen:
         raise UserError(
-            f"No run like those there are that costs at most {budget:.3g} FLOPs would narrow the interval: give a larger budget."
+            f"No run like those there are that costs at most {budget:.3g} FLOPs would narrow the interval: give "
+            f"a larger budget."
         )
     params, tokens, flops = (values[chosen] for values in candidates)
     runs = [Proposal(*map(float, run)) for run in zip(flops, params, tokens, shares, strict=True)]
@@ -211,8 +215,8 @@ def _simulated(
     exact = {"inputs": bigger.inputs, "loss": np.exp(predicted), "scale": bigger.scale}
     start = np.stack(projection.starts(fit.form, **exact, count=1))
     solved = bigger.solve(np.tile(start, (SIMULATIONS, 1)), log_loss=predicted + drawn)
-    laws = Bootstrap(as_law(fit.form, solved.theta, bigger.scale), expanded_percent(len(predicted), size), 0.0)
-    return laws.optimum(flops=target_flops, flops_per_token=flops_per_token)["params"]
+    drawn = Bootstrap(as_law(fit.form, solved.theta, bigger.scale))
+    return drawn.optimum(flops=target_flops, flops_per_token=flops_per_token)["params"]
 
 
 def _ends(interval: Interval) -> str:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from research.core.types import UserError
+from research.scaling.allocation import FlopsPerToken, cost_model, optimum
 from research.scaling.fit import Fit, Points, fit_law
 from research.scaling.isoflop import by_budget
-from research.scaling.allocation import FlopsPerToken, cost_model, optimum
 from research.scaling.laws import Chinchilla
 from research.scaling.table import Run
 

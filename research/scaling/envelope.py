@@ -2,8 +2,8 @@
 """The envelope of training curves: at each amount of compute the run with the lowest loss so far.
 
 Hoffmann et al. 2022, approach 1. A point on a curve before its end was reached at a learning rate that has not decayed,
-so it lies above the loss of a run that ends there: with decaying schedules the envelope favours runs near their
-end, and only constant rates make it fair.
+so it lies above the loss of a run that ends there. Of a run whose rate decays only the last part counts, therefore; of
+one with a constant rate everything after its warm-up.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from research.core.types import UserError
-from research.scaling.intervals import LEVEL, Interval
+from research.scaling.intervals import TAIL, Interval
 from research.scaling.laws import PowerLaw, fit_power_law
 from research.scaling.table import ParameterCount, Run
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]  # run's name -> [(training FLOPs, loss in nats per token), ...]
 GRID = 300  # amounts of compute, evenly spaced in logs
+DECAYED = 0.85  # share of a run's compute from which on a decaying schedule is near its end
 FEWEST_SIZES = 3  # on the envelope, for a power law through it
 
 
@@ -52,9 +53,8 @@ def fit_envelope(
     Only amounts of compute that at least three sizes have reached count. Raises UserError for fewer than three
     runs with a curve, or fewer than three sizes on the envelope, which is then a matter of two models.
     """
-    found = [
-        (run, np.array(curves[run.name])) for run in runs if run.problem is None and len(curves.get(run.name, ())) > 1
-    ]
+    found = [(run, _counting(run, curves)) for run in runs if run.problem is None and len(curves.get(run.name, ())) > 1]
+    found = [(run, line) for run, line in found if len(line) > 1]
     if len({run.count(parameters) for run, _ in found}) < FEWEST_SIZES:
         raise UserError(
             f"An envelope needs training curves of {FEWEST_SIZES} model sizes; there are {len(found)} runs."
@@ -71,7 +71,8 @@ def fit_envelope(
     best = np.argmin(losses, axis=0)
     if len(np.unique(sizes[best])) < FEWEST_SIZES:
         raise UserError(
-            f"Only {len(np.unique(sizes[best]))} model sizes touch the envelope of the training curves and {FEWEST_SIZES} "
+            f"Only {len(np.unique(sizes[best]))} model sizes touch the envelope of the training curves and "
+            f"{FEWEST_SIZES} "
             "are needed for a power law through it: run a wider range of compute."
         )
     laws = [fit_power_law(grid, y=values) for values in (sizes[best], grid / per_token[best])]
@@ -85,6 +86,16 @@ def fit_envelope(
         tokens_law=laws[1],
         intervals=_intervals(grid, losses, sizes, per_token, resamples, seed),
     )
+
+
+def _counting(run: Run, curves: Curves) -> np.ndarray:
+    """The part of a run's curve that counts, [points, (FLOPs, loss)], from one point before it on."""
+    line = np.array(curves[run.name])
+    start = DECAYED * line[-1, 0]
+    if run.schedule is not None and run.schedule.startswith("constant"):
+        start = (run.warmup_tokens or 0) * run.flops / run.tokens
+    first = int(np.searchsorted(line[:, 0], start))
+    return line[max(0, min(first, len(line) - 2)) :]
 
 
 def _interpolated(grid: np.ndarray, line: np.ndarray) -> np.ndarray:
@@ -107,7 +118,6 @@ def _intervals(
         slopes.append([np.polyfit(x, np.log(y[there]), 1)[0] for y in (sizes[best], grid / per_token[best])])
     if not slopes:
         return {}
-    tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(slopes, [tail, 100 - tail], axis=0)
+    low, high = np.percentile(slopes, [TAIL, 100 - TAIL], axis=0)
     names = ("params_in_compute", "tokens_in_compute")
     return {name: Interval(float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}

@@ -33,7 +33,8 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Points:
-    """What a law is fitted to: arrays of loss (nats per token) and of what it is a function of, with the runs' names."""
+    """What a law is fitted to: arrays of loss (nats per token) and of what it is a function of, with the runs'
+    names."""
 
     params: np.ndarray | None = None
     tokens: np.ndarray | None = None

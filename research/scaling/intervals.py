@@ -19,11 +19,12 @@ import numpy as np
 from research.core.types import UserError
 from research.scaling import allocation
 from research.scaling.allocation import Allocation, FlopsPerToken
-from research.scaling.fit import FEWEST_VALUES, Fit, Points, as_law, fit_law, problem
+from research.scaling.fit import FEWEST_VALUES, Fit, as_law, fit_law, problem
 from research.scaling.laws import numbers
-from research.scaling.newton import Measure, Problem, Pull
+from research.scaling.newton import BLOCK, QUICKLY_COMPILED, Measure, Problem, Pull
 
 LEVEL = 0.95
+TAIL = 100 * (1 - LEVEL) / 2  # percent
 SPACING, FARTHEST = 0.35, 5.25  # of the profile's points, in standard errors of the quantity
 WIDER = 5.0  # how much farther a second look goes, where the first did not find an end
 STIFF = 100.0  # the pull's weight over what the quantity's own curve has
@@ -83,12 +84,9 @@ EXPONENTS = ("params_in_compute", "tokens_in_compute")
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Laws fitted to resampled runs: one law whose numbers are arrays, [resamples]. shift: how far the tails that
-    percentiles cut are from 2.5%, for the runs are few (``percent``)."""
+    """Laws fitted to resampled runs: one law whose numbers are arrays, [resamples]."""
 
     laws: Any
-    percent: float
-    seed_noise: float
 
     def __len__(self) -> int:
         return len(next(iter(numbers(self.laws).values())))
@@ -97,9 +95,9 @@ class Bootstrap:
         """The interval of a quantity with these values [resamples]; a NaN is a resample that does not have it."""
         values = np.asarray(values, float)
         lost = np.isnan(values).mean()
-        if lost > self.percent / 100:  # that many have no such value: the interval has no end on one side or both
+        if lost > TAIL / 100:  # that many have no such value: the interval has no end on one side or both
             return Interval(-math.inf, math.inf)
-        low, high = np.nanpercentile(values, [self.percent, 100 - self.percent])
+        low, high = np.nanpercentile(values, [TAIL, 100 - TAIL])
         return Interval(float(low), float(high))
 
     def numbers(self) -> dict[str, Interval]:
@@ -120,9 +118,8 @@ def bootstrap(fit: Fit, *, resamples: int = 4000, seed: int = 0, seed_noise: flo
 
     seed_noise: standard deviation of log loss between runs that differ in their seed alone, added to every drawn
     loss: for studies whose spread over runs understates it (few runs, or losses averaged over seeds).
-    Percentiles are widened for the numbers fitted to so many runs (the expanded percentile interval, Hesterberg 2015,
-    section 4.1, by residual degrees of freedom): without it few runs make intervals too narrow. Draws with too few
-    distinct runs or values for the law are drawn again.
+    Intervals are plain percentiles (Efron and Tibshirani 1993, chapter 13); in simulated studies they hold the truth at
+    least as often as they say. Draws with too few distinct runs or values for the law are drawn again.
     """
     counts = draws(fit, resamples=resamples, seed=seed)
     if counts is None:
@@ -135,8 +132,7 @@ def bootstrap(fit: Fit, *, resamples: int = 4000, seed: int = 0, seed_noise: flo
         spread = seed_noise / np.sqrt(np.maximum(counts, 1))  # a run drawn k times carries k seeds' mean
         log_loss = log_loss + spread * generator.standard_normal(counts.shape)
     solved = task.solve(np.tile(fit.theta, (len(counts), 1)), log_loss=log_loss, weights=counts)
-    percent = expanded_percent(len(fit.points), fit.form.size)
-    return Bootstrap(as_law(fit.form, solved.theta, task.scale), percent, seed_noise)
+    return Bootstrap(as_law(fit.form, solved.theta, task.scale))
 
 
 def draws(fit: Fit, *, resamples: int, seed: int = 0) -> np.ndarray | None:
@@ -158,15 +154,6 @@ def draws(fit: Fit, *, resamples: int, seed: int = 0) -> np.ndarray | None:
         if count >= resamples:
             return np.concatenate(kept)[:resamples].astype(float)
     return None
-
-
-def expanded_percent(runs: int, size: int) -> float:
-    """The tail, in percent, of an expanded percentile interval for a law of ``size`` numbers."""
-    from scipy import stats
-
-    free = runs - size
-    quantile = math.sqrt(runs / free) * stats.t.ppf(0.5 + LEVEL / 2, free)
-    return float(100 * stats.norm.cdf(-quantile))
 
 
 # --- profile likelihood
@@ -219,9 +206,16 @@ class Profiles:
             return np.where(self.logs, np.log(np.where(self.logs, value, 1.0)), value)
 
     def measured(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The quantities and their derivatives by theta, in blocks of one size: one program."""
+        blocks = []
         with jax.enable_x64(True):
-            found = _measured(self.task.form, self.measure, theta, self.task.scale, self.at)
-            return np.asarray(found[0]), np.asarray(found[1])
+            for start in range(0, len(theta), BLOCK):
+                block = theta[start : start + BLOCK]
+                found = _measured(
+                    self.task.form, self.measure, np.resize(block, (BLOCK, theta.shape[1])), self.task.scale, self.at
+                )
+                blocks.append([np.asarray(value)[: len(block)] for value in found])
+        return tuple(np.concatenate(values) for values in zip(*blocks, strict=True))
 
     def residuals(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with jax.enable_x64(True):
@@ -297,7 +291,7 @@ class _Logged:
         return jnp.where(mask, jnp.log(jnp.where(mask, value, 1.0)), value)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICKLY_COMPILED)
 def _measured(form: Any, measure: Measure, theta: Any, scale: Any, at: Any) -> Any:
     def one(theta: Any) -> Any:
         return measure(form.law(theta, scale), at)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from research.core.types import UserError
-from research.scaling.intervals import Interval
+from research.scaling.intervals import TAIL, Interval
 from research.scaling.laws import PowerLaw, fit_power_law
 from research.scaling.table import ParameterCount, Run
 
 FEWEST_SIZES = 3
+MINIMUM = ("params", "tokens", "loss")  # what a curve has at its minimum
 SAME_BUDGET = 0.05  # runs whose FLOPs lie within so much of one another share a budget
 
 
@@ -64,6 +65,16 @@ class IsoFlop:
     tokens_law: PowerLaw | None
     loss_law: PowerLaw | None
 
+    @classmethod
+    def of(cls, curves: Iterable[Curve]) -> "IsoFlop":
+        """With the power laws through the curves' minima."""
+        curves = tuple(curves)
+        found = [curve for curve in curves if curve.bracketed]
+        if len(found) < 2:
+            return cls(curves, None, None, None)
+        flops = [curve.flops for curve in found]
+        return cls(curves, *(fit_power_law(flops, y=[getattr(c, name) for c in found]) for name in MINIMUM))
+
     @property
     def bracketed(self) -> tuple[Curve, ...]:
         return tuple(curve for curve in self.curves if curve.bracketed)
@@ -84,13 +95,7 @@ def fit_isoflop(runs: Iterable[Run], *, parameters: ParameterCount = "total") ->
     """Fits every budget's parabola and the power laws through their minima. Runs that cannot be fitted are
     left out."""
     good = [run for run in runs if run.problem is None]
-    curves = tuple(fit_curve(group, parameters=parameters) for group in by_budget(good))
-    found = [curve for curve in curves if curve.bracketed]
-    if len(found) < 2:
-        return IsoFlop(curves, None, None, None)
-    flops = [curve.flops for curve in found]
-    laws = [fit_power_law(flops, y=[getattr(c, name) for c in found]) for name in ("params", "tokens", "loss")]
-    return IsoFlop(curves, *laws)
+    return IsoFlop.of(fit_curve(group, parameters=parameters) for group in by_budget(good))
 
 
 def fit_curve(runs: Sequence[Run], *, parameters: ParameterCount = "total") -> Curve:
@@ -168,8 +173,6 @@ class Minima:
         return Interval(*(float(v) for v in np.exp(np.nanpercentile(values, [TAIL, 100 - TAIL]))))
 
 
-MINIMUM = ("params", "tokens", "loss")
-TAIL = 2.5  # percent
 BAND_POINTS = 100
 
 

@@ -113,7 +113,8 @@ def _rounds(form: Form, measure: Measure | None, starts: np.ndarray, shared: Any
         lane = np.resize(chosen, BLOCK)  # a last, shorter block repeats its lanes
         mine = jax.tree.map(lambda value: np.asarray(value)[lane], own)
         with jax.enable_x64(True):
-            found = _block(form, measure, theta[lane], damping[lane], shared, mine)
+            solve = _block if measure is None else _pulled_block
+            found = solve(form, measure, theta[lane], damping[lane], shared, mine)
             return chosen, [np.asarray(value)[: len(chosen)] for value in found]
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -130,10 +131,17 @@ def _rounds(form: Form, measure: Measure | None, starts: np.ndarray, shared: Any
     return Solved(theta, objective, gradient, steps)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _block(form: Form, measure: Measure | None, theta: Any, damping: Any, shared: Any, own: Any) -> Any:
+# Compiled with care a profile's program takes longer to compile than it runs, in all the profiles of a report.
+QUICKLY_COMPILED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def _blocks(form: Form, measure: Measure | None, theta: Any, damping: Any, shared: Any, own: Any) -> Any:
     lane = functools.partial(_lane, form, measure, shared)
     return jax.vmap(lane)(theta, damping, own)
+
+
+_block = jax.jit(_blocks, static_argnums=(0, 1))
+_pulled_block = jax.jit(_blocks, static_argnums=(0, 1), compiler_options=QUICKLY_COMPILED)
 
 
 class _At(NamedTuple):

@@ -102,6 +102,17 @@ def tuning_html(record: Mapping[str, Any], picture: str) -> str:
     return _document(record["title"], sections)
 
 
+def words_html(record: Mapping[str, Any], picture: str) -> str:
+    """A page of what a record says, with its picture (an SVG)."""
+    sections = [
+        *(f"<p>{_text(note)}</p>" for note in record["notes"]),
+        "<h2>What it says</h2>" + "".join(f"<p>{_text(sentence)}</p>" for sentence in record["sentences"]),
+        f"<div>{picture}</div>",
+        _left_out(record["excluded"]),
+    ]
+    return _document(record["title"], sections)
+
+
 def _left_out(excluded: Mapping[str, str]) -> str:
     told = "; ".join(f"{name}: {reason}" for name, reason in excluded.items())
     return f"<p>Left out: {_text(told)}.</p>" if told else ""
@@ -198,7 +209,8 @@ def _corrections(record: Mapping[str, Any]) -> str:
         for v in record["corrections"]
     ]
     names = ("counted", "runs", "params in compute", "95%", "residual")
-    text = "<p>The exponent of optimal params in compute by the parametric law, where the same runs are counted otherwise.</p>"
+    text = "<p>The exponent of optimal params in compute by the parametric law, where the same runs are counted "
+    "otherwise.</p>"
     return f'<h2>What counting does</h2>{text}<div class="words">{_table(names, rows)}</div>' if rows else ""
 
 
@@ -245,7 +257,8 @@ def _isoflop(record: Mapping[str, Any]) -> str:
         found = curve["problem"] is None
         spans = curve["intervals_95"]
         cells = [
-            f"{_number(round(curve[name]) if name != 'loss' else curve[name])} ({_span(spans.get(name)) or 'no interval'})"
+            f"{_number(round(curve[name]) if name != 'loss' else curve[name])} "
+            f"({_span(spans.get(name)) or 'no interval'})"
             if found
             else ""
             for name in ("params", "tokens", "loss")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of a scaling study, each drawn on axes from a conclusion: loss against compute with its envelope, IsoFLOP
-curves, the optimum against compute, loss contours, residuals, the held-out test."""
+"""The pictures of a scaling study, each drawn on axes from a conclusion: loss against compute with its envelope,
+IsoFLOP curves, the optimum against compute, loss contours, residuals, the held-out test."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -185,8 +185,7 @@ def contours(axes: Any, found: Conclusion) -> None:
     )
     loss = law.loss(params=x[None], tokens=y[:, None])
     levels = np.geomspace(loss.min() * 1.001, loss.max(), 16)
-    filled = axes.contourf(x, y, loss, levels=levels, cmap="viridis_r", alpha=0.55, norm=matplotlib.colors.LogNorm())
-    filled.set_edgecolor("face")
+    axes.contourf(x, y, loss, levels=levels, cmap="viridis_r", alpha=0.55, norm=matplotlib.colors.LogNorm())
     lines = axes.contour(x, y, loss, levels=levels, colors="white", linewidths=0.7)
     axes.clabel(lines, fmt="%.2f", fontsize=7.5, colors=BLACK)
     per_token = np.vectorize(found.flops_per_token, otypes=[float])(x)

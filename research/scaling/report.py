@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from research.core.files import write_atomically
 from research.scaling import canvas, page, plots
 from research.scaling.analysis import Conclusion, Settings, analyse
@@ -34,7 +36,7 @@ CONVENTIONS = {
     "tokens": "training tokens: steps x rows x sequence length",
     "budget": "runs whose FLOPs lie within 5% of one another share a budget",
     "intervals": (
-        "95%: a bootstrap over runs (expanded percentiles), and profile likelihood with normal errors of log loss; both "
+        "95%: a bootstrap over runs (percentiles), and profile likelihood with normal errors of log loss; both "
         "take the law's form for true, so they do not cover its being wrong: the held-out test looks at that"
     ),
 }
@@ -61,14 +63,10 @@ def training_curves(table: Table, out: Path) -> dict[str, list[tuple[float, floa
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    last, ratio = points[-1][0], (points[-1][0] / points[0][0]) ** (1 / CURVE_POINTS)
-    thinned, group, end = [], [], points[0][0] * ratio
-    for flops, loss in points:
-        group.append((flops, loss))
-        if flops >= end or flops == last:
-            thinned.append((sum(f for f, _ in group) / len(group), sum(x for _, x in group) / len(group)))
-            group, end = [], flops * ratio
-    return thinned
+    edges = np.geomspace(points[0][0], points[-1][0] * (1 + 1e-9), CURVE_POINTS + 1)[1:]
+    places = np.searchsorted(edges, [flops for flops, _ in points])
+    values = np.array(points)
+    return [tuple(values[places == place].mean(axis=0).tolist()) for place in np.unique(places)]
 
 
 def write_report(
@@ -81,8 +79,8 @@ def write_report(
     settings: Settings | None = None,
     conventions: Mapping[str, str] | None = None,
 ) -> Conclusion:
-    """Analyses a study's runs (``analysis.analyse``) and writes table.csv, law.json, report.html and the pictures, each as
-    PNG and SVG, into ``out``. table.csv is written first.
+    """Analyses a study's runs (``analysis.analyse``) and writes table.csv, law.json, report.html and the pictures,
+    each as PNG and SVG, into ``out``. table.csv is written first.
 
     conventions: what differs from ``CONVENTIONS``. Raises UserError where fewer than six runs, three sizes or two
     budgets are left.

@@ -2,8 +2,8 @@
 """Learning rate and batch size by power laws: the best of each model and budget, and how they move with compute.
 
 At a model and budget the loss is a quadratic in the logs of both, whose minimum is the optimum (Bi et al. 2024,
-section 3.1, and Porian et al. 2024, section 3.5, fit the same two laws). Two rules are given: by compute alone, as in the
-former, and by params and tokens, which also says what to do away from the compute-optimal size.
+section 3.1, and Porian et al. 2024, section 3.5, fit the same two laws). Two rules are given: by compute alone, as in
+the former, and by params and tokens, which also says what to do away from the compute-optimal size.
 """
 
 import math

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spending a budget: the search against the closed form, costs that are not 6 FLOPs per parameter, serving, scarce data."""
+"""Spending a budget: the search against the closed form, costs that are not 6 FLOPs per parameter, serving, scarce
+data."""
 
 import jax
 import numpy as np
@@ -9,7 +10,14 @@ from hypothesis import strategies as st
 
 from research.core.types import UserError
 from research.scaling import allocation
-from research.scaling.allocation import closed_form_optimum, constrained, lifetime_optimum, optima, optimum, six_per_param
+from research.scaling.allocation import (
+    closed_form_optimum,
+    constrained,
+    lifetime_optimum,
+    optima,
+    optimum,
+    six_per_param,
+)
 from research.scaling.laws import HOFFMANN, Chinchilla
 
 
@@ -56,7 +64,9 @@ def test_no_trade_off_is_refused():
 
 
 def test_many_laws_at_many_budgets():
-    many = Chinchilla(E=np.full(3, 1.7), A=np.array([300.0, 400, 0]), B=np.full(3, 410), alpha=np.full(3, 0.34), beta=np.full(3, 0.28))
+    many = Chinchilla(
+        E=np.full(3, 1.7), A=np.array([300.0, 400, 0]), B=np.full(3, 410), alpha=np.full(3, 0.34), beta=np.full(3, 0.28)
+    )
     found = optima(many, flops=np.array([1e18, 1e20]))
     assert found.params.shape == (3, 2) and np.isnan(found.params[2]).all()
     for row, A in enumerate((300.0, 400.0)):

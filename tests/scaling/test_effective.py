@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from research.core.types import UserError
+from research.scaling.allocation import closed_form_optimum, six_per_param
 from research.scaling.effective import compare, dense_compute, dense_size
 from research.scaling.effective_report import write_effective
-from research.scaling.allocation import closed_form_optimum, six_per_param
 from research.scaling.table import Table
 
 TIMES = {8: 2.0, 16: 3.0}

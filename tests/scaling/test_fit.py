@@ -68,7 +68,9 @@ def test_variable_projection_is_a_fit_of_its_own(chinchilla_points, make_study, 
     points = Points.of(make_study())
     assert astuple(fit_projected(points).law) == pytest.approx(astuple(true_law), rel=1e-4)
     found = fit_projected(chinchilla_points)
-    relative = found.law.loss(params=chinchilla_points.params, tokens=chinchilla_points.tokens) / chinchilla_points.loss - 1
+    relative = (
+        found.law.loss(params=chinchilla_points.params, tokens=chinchilla_points.tokens) / chinchilla_points.loss - 1
+    )
     assert found.objective == pytest.approx(0.5 * (relative**2).sum(), rel=1e-6)
     # no law in the neighbourhood has a smaller sum of squares: least squares of relative errors, by another optimizer
     from scipy.optimize import least_squares

@@ -11,7 +11,7 @@ from research.core.types import UserError
 from research.scaling import forms, intervals, laws
 from research.scaling.allocation import as_tree, six_per_param
 from research.scaling.fit import Points, fit_law
-from research.scaling.intervals import OPTIMUM, Bootstrap, Interval, bootstrap, draws, expanded_percent, profile
+from research.scaling.intervals import OPTIMUM, Bootstrap, Interval, bootstrap, draws, profile
 
 BUDGET = {"flops": 1e21, "cost": as_tree(six_per_param), "others": {}}
 
@@ -22,7 +22,13 @@ def published(chinchilla_points):
 
 
 def test_published_intervals(published):
-    expected = {"A": (285, 744), "B": (1042, 5810), "E": (1.769, 1.871), "alpha": (0.317, 0.373), "beta": (0.331, 0.415)}
+    expected = {
+        "A": (285, 744),
+        "B": (1042, 5810),
+        "E": (1.769, 1.871),
+        "alpha": (0.317, 0.373),
+        "beta": (0.331, 0.415),
+    }
     found = published.numbers()
     for name, (low, high) in expected.items():
         assert found[name].low == pytest.approx(low, abs=(high - low) / 10)
@@ -61,7 +67,10 @@ def test_profile_is_the_t_interval_where_the_law_is_linear_enough(chinchilla_poi
         base = np.array([math.log(law.E), math.log(law.A), math.log(law.B), law.alpha, law.beta])
         rows = []
         for k in range(5):
-            moved = [laws.Chinchilla(*np.exp((base + s * step * np.eye(5)[k])[:3]), *(base + s * step * np.eye(5)[k])[3:]) for s in (1, -1)]
+            moved = [
+                laws.Chinchilla(*np.exp((base + s * step * np.eye(5)[k])[:3]), *(base + s * step * np.eye(5)[k])[3:])
+                for s in (1, -1)
+            ]
             rows.append((np.log(moved[0].loss(**theta)) - np.log(moved[1].loss(**theta))) / (2 * step))
         return np.stack(rows, axis=-1)
 
@@ -118,14 +127,8 @@ def test_draws_hold_enough_to_fit(make_study):
     assert draws(least, resamples=10) is None and bootstrap(least) is None
 
 
-def test_percentiles_are_widened_for_few_runs():
-    assert expanded_percent(100_000, 5) == pytest.approx(2.5, rel=1e-3)
-    assert expanded_percent(240, 5) == pytest.approx(2.32, abs=0.01)
-    assert expanded_percent(20, 5) < 1.0 < expanded_percent(40, 5)
-
-
 def test_a_quantity_that_many_draws_lack_has_no_interval():
-    drawn = Bootstrap(laws.Chinchilla(*np.ones((5, 100))), 2.5, 0.0)
+    drawn = Bootstrap(laws.Chinchilla(*np.ones((5, 100))))
     values = np.linspace(1, 2, 100)
     assert drawn.interval(values).closed
     values[:10] = np.nan

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from research.core.types import UserError
-from research.scaling.isoflop import by_budget, fit_curve, fit_isoflop, resample
 from research.scaling.allocation import closed_form_optimum
+from research.scaling.isoflop import by_budget, fit_curve, fit_isoflop, resample
 from research.scaling.table import Run
 
 

@@ -15,9 +15,7 @@ def test_loss_of_the_published_law():
     assert HOFFMANN.loss(params=70e9, tokens=1.4e12) == pytest.approx(1.9366, abs=2e-4)
 
 
-@pytest.mark.parametrize(
-    ("params", "tokens", "loss"), [(6.34e9, 242e9, 2.2256440890), (8.67e9, 178e9, 2.2269634075)]
-)
+@pytest.mark.parametrize(("params", "tokens", "loss"), [(6.34e9, 242e9, 2.2256440890), (8.67e9, 178e9, 2.2269634075)])
 def test_data_constrained_vectors(params, tokens, loss):
     assert MUENNIGHOFF.loss(params=params, tokens=tokens, unique_tokens=25e9) == pytest.approx(loss, abs=1e-9)
 
@@ -80,7 +78,9 @@ def test_frontier_params_are_those_whose_optimum_has_the_tokens():
     assert HOFFMANN.frontier_params(best.tokens) == pytest.approx(best.params)
 
 
-@pytest.mark.parametrize("law", [HOFFMANN, KAPLAN, MUENNIGHOFF, CLARK_S_BASE, KRAJEWSKI], ids=lambda law: type(law).__name__)
+@pytest.mark.parametrize(
+    "law", [HOFFMANN, KAPLAN, MUENNIGHOFF, CLARK_S_BASE, KRAJEWSKI], ids=lambda law: type(law).__name__
+)
 def test_numbers_may_be_arrays_and_jax_agrees(law):
     inputs = {"params": 1e9, "tokens": 2e10, "unique_tokens": 1e9, "experts": 8.0, "granularity": 4.0}
     inputs = {name: inputs[name] for name in law.INPUTS}
