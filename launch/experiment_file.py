@@ -10,6 +10,7 @@ from launch.study import Study
 from research.core.files import write_atomically
 from research.core.types import UserError
 from research.models.decoder import Decoder
+from research.models.mlp import Mlp
 from research.scaling import cost
 from research.scaling.laws import DEEPSEEK_BATCH_TOKENS, DEEPSEEK_LEARNING_RATE
 from research.train.experiment import Experiment
@@ -27,6 +28,14 @@ class Planned:
     model: Decoder
     flops: float
     tokens: float
+
+    @property
+    def mlp(self) -> Mlp:
+        """The feed-forward of every layer. Raises UserError for experts: families are of dense models."""
+        mlp = self.model.period[0]
+        if not isinstance(mlp, Mlp):
+            raise UserError(f"{self.name} has experts, and only dense models can be written to a file.")
+        return mlp
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ def _from_study(planned: Sequence[Planned], like: Like) -> str:
             f'"{run.name}": planned(\n    "{run.name}", like="{like.nearest(cost.params(m).total)}", '
             f"flops={run.flops:.6g},\n"
             f"    d_model={m.d_model}, num_layers={m.num_layers}, num_heads={m.attention.num_heads}, "
-            f"num_kv_heads={m.attention.num_kv_heads}, d_ff={m.mlp.d_ff},\n),"
+            f"num_kv_heads={m.attention.num_kv_heads}, d_ff={run.mlp.d_ff},\n),"
         )
     return f'''from dataclasses import replace
 from runpy import run_path
@@ -113,7 +122,7 @@ def _from_scratch(planned: Sequence[Planned]) -> str:
         model = (
             f"Decoder(\n    vocab_size=VOCABULARY, d_model={m.d_model}, num_layers={m.num_layers},\n"
             f"    attention=Attention(num_heads={m.attention.num_heads}, num_kv_heads={m.attention.num_kv_heads}),\n"
-            f'    mlp=Mlp(d_ff={m.mlp.d_ff}, activation="{m.mlp.activation}"), remat="full",\n)'
+            f'    mlp=Mlp(d_ff={run.mlp.d_ff}, activation="{run.mlp.activation}"), remat="full",\n)'
         )
         calls.append(
             f'"{run.name}": planned(\n    "{run.name}", tokens={run.tokens:.6g}, rate={rate:.3g}, rows={rows},\n'
