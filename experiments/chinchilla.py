@@ -6,9 +6,9 @@ Question:  Which model, trained on how many tokens, is best for a budget, and ho
            best of each; learning rate and batch by the rules that experiments/lr_batch.py found.
 Command:   lab sweep experiments/chinchilla.py
 Hardware:  two CPU cores, 45 minutes.
-Expect:    on the text with the content hash b5d113dbea4700018f5ca73d (Python 3.11.7): all six budgets bracketed; params grow
-           as compute^0.45 by the IsoFLOP minima and compute^0.43 by the law; the held-out runs of 1e13 FLOPs predicted
-           within 0.9% of their loss, the best of them (2.023) to 0.4%. LOG.md has the intervals.
+Expect:    on the text with the content hash b5d113dbea4700018f5ca73d (Python 3.11.7): all six budgets bracketed; params
+           grow as compute^0.45 by the IsoFLOP minima and by the law, compute^0.41 by the envelope; the held-out runs of
+           1e13 FLOPs predicted within 0.9% of their loss, the best of them (2.023) to 0.4%. LOG.md has the intervals.
 """
 
 from collections.abc import Callable, Mapping

@@ -7,9 +7,9 @@ Question:  Which peak learning rate, and how many tokens a step, are best at a b
            a quadratic in their logs finds each optimum.
 Command:   lab sweep experiments/lr_batch.py
 Hardware:  two CPU cores, 35 minutes.
-Expect:    learning rate 2.28 params^-0.66 tokens^0.16 and 0.295 params^-0.36 tokens^0.84 tokens a step; by compute alone the
-           best rate falls as compute^-0.24 and the best batch grows as compute^0.23. Rate and batch trade off along a ridge:
-           together they are known better than either.
+Expect:    learning rate 2.28 params^-0.66 tokens^0.16 and 0.295 params^-0.36 tokens^0.84 tokens a step; by compute
+           alone the best rate falls as compute^-0.24 and the best batch grows as compute^0.23. Rate and batch trade off
+           along a ridge: together they are known better than either.
 """
 
 from dataclasses import replace

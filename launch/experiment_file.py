@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes runs that were planned as a study file, ready for ``lab run`` and ``lab sweep``."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,13 +78,13 @@ def _from_study(planned: Sequence[Planned], like: Like) -> str:
     file, _, function = like.reference.partition(":")
     path = Path(file).resolve()
     inside = path.is_relative_to(Path.cwd())
-    where = repr(str(path.relative_to(Path.cwd()) if inside else path))
-    calls = []
+    where = json.dumps(str(path.relative_to(Path.cwd()) if inside else path))
+    calls, seeds = [], _seeds(planned)
     for run in planned:
         m = run.model
         calls.append(
             f'"{run.name}": planned(\n    "{run.name}", like="{like.nearest(cost.params(m).total)}", '
-            f"flops={run.flops:.6g},\n"
+            f"flops={run.flops:.6g}, seed={seeds[run.name]},\n"
             f"    d_model={m.d_model}, num_layers={m.num_layers}, num_heads={m.attention.num_heads}, "
             f"num_kv_heads={m.attention.num_kv_heads}, d_ff={run.mlp.d_ff},\n),"
         )
@@ -97,13 +98,14 @@ ADJUST = STUDY.get("adjust", lambda experiment: experiment)
 
 
 def planned(
-    name: str, *, like: str, flops: float, d_model: int, num_layers: int, num_heads: int, num_kv_heads: int | None,
-d_ff: int ) -> Experiment:
+    name: str, *, like: str, flops: float, seed: int, d_model: int, num_layers: int, num_heads: int,
+    num_kv_heads: int | None, d_ff: int,
+) -> Experiment:
     base = STUDY["{function or "sweep"}"]()[like]
     attention = replace(base.model.attention, num_heads=num_heads, num_kv_heads=num_kv_heads)
     mlp = replace(base.model.mlp, d_ff=d_ff)
     model = replace(base.model, d_model=d_model, num_layers=num_layers, attention=attention, mlp=mlp)
-    return ADJUST(replace(base, name=name, model=model, length=Flops(flops)))
+    return ADJUST(replace(base, name=name, model=model, length=Flops(flops), seed=base.seed + seed))
 
 
 def sweep() -> dict[str, Experiment]:
@@ -113,8 +115,18 @@ def sweep() -> dict[str, Experiment]:
 '''
 
 
+def _seeds(planned: Sequence[Planned]) -> dict[str, int]:
+    """A seed for each run, so that one that is made again is another run."""
+    seen: dict[tuple[Decoder, float], int] = {}
+    found = {}
+    for run in planned:
+        found[run.name] = seen.get((run.model, run.flops), 0)
+        seen[(run.model, run.flops)] = found[run.name] + 1
+    return found
+
+
 def _from_scratch(planned: Sequence[Planned]) -> str:
-    calls = []
+    calls, seeds = [], _seeds(planned)
     for run in planned:
         m = run.model
         rate = float(DEEPSEEK_LEARNING_RATE(run.flops))
@@ -125,7 +137,8 @@ def _from_scratch(planned: Sequence[Planned]) -> str:
             f'    mlp=Mlp(d_ff={run.mlp.d_ff}, activation="{run.mlp.activation}"), remat="full",\n)'
         )
         calls.append(
-            f'"{run.name}": planned(\n    "{run.name}", tokens={run.tokens:.6g}, rate={rate:.3g}, rows={rows},\n'
+            f'"{run.name}": planned(\n    "{run.name}", tokens={run.tokens:.6g}, '
+            f"rate={rate:.3g}, rows={rows}, seed={seeds[run.name]},\n"
             f"    model={indent(model, '    ').lstrip()},\n),"
         )
     return f'''from research.data import sources
@@ -143,7 +156,7 @@ CORPUS = sources.Stdlib()  # yours: sources.TextFolder("path/to/folder"), source
 VOCABULARY = {planned[0].model.vocab_size}
 
 
-def planned(name: str, *, tokens: float, rate: float, rows: int, model: Decoder) -> Experiment:
+def planned(name: str, *, tokens: float, rate: float, rows: int, seed: int, model: Decoder) -> Experiment:
     """Learning rate and batch are DeepSeek LLM's laws at this budget (Bi et al. 2024): tune them for your text."""
     tokenizer = SentencePiece(vocab_size=VOCABULARY)
     source = TextSource(corpus=CORPUS, tokenizer=tokenizer, batch_size=rows, sequence_length={SEQUENCE_LENGTH})
@@ -154,6 +167,7 @@ def planned(name: str, *, tokens: float, rate: float, rows: int, model: Decoder)
         source=source,
         optimizer=AdamW(peak=rate, schedule=Schedule("cosine", warmup=Share(0.01))),
         length=Tokens(tokens),
+        seed=seed,
         evals=(Validation(source.validation(num_batches=8), NextToken()),),
     )
 

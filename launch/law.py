@@ -98,7 +98,7 @@ def recommend(options: argparse.Namespace) -> int:
     print("\n".join(advice.sentences))
     family = chosen_family(loaded, options.family)
     model = buildable.nearest(family, params=advice.params)
-    print(f"The nearest model of the family {family.name} that can be built: {buildable.describe(model)}.")
+    print(f"The nearest model of the {family.name} family that can be built: {buildable.describe(model)}.")
     print(advice.as_built(cost.params(model).total))
     path = options.out or options.runs / "recommended.py"
     written = experiment_file.write(

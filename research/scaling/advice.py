@@ -19,6 +19,7 @@ from research.scaling.table import Run
 
 LIFETIMES = 300  # resampled laws behind the interval of a lifetime's optimum
 COUNTS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+CLARK_SIZES, CLARK_REACH = (1.5e7, 1.3e9), 4.0  # params of Clark et al.'s models, and how far it is carried below
 PAYS = 1.10  # a doubling of experts pays while it is worth at least so much more of a dense model
 
 
@@ -154,6 +155,8 @@ def experts_that_pay(params: float, own: Fit | None = None) -> Experts:
     """How many experts a model of so many (active) params should have in every other layer, by Clark et al. 2022's
     law for their text, or by the law of one's own runs. Theirs has the gain end near 1e12 params (log10 N = -b / c)."""
     law: RoutedExperts = CLARK_S_BASE if own is None else own.law
+    if own is None and not CLARK_SIZES[0] / CLARK_REACH <= params <= CLARK_SIZES[1] * CLARK_REACH**2:
+        return Experts((), 1, "none")
     worth = [(count, float(law.effective_params(params=params, experts=float(count))) / params) for count in COUNTS]
     paying, before = 1, 1.0
     for count, times in worth:
@@ -166,6 +169,12 @@ def experts_that_pay(params: float, own: Fit | None = None) -> Experts:
 
 
 def _expert_words(experts: Experts, params: float) -> str:
+    if not experts.worth:
+        low, high = (count_words(end) for end in CLARK_SIZES)
+        return (
+            f"Experts: nothing is known of them at {count_words(params)} parameters: the published law (Clark et "
+            f"al. 2022) is of {low} to {high} and these runs tell none."
+        )
     told = ", ".join(f"{count}: {times:.2g}x" for count, times in experts.worth if count in (8, 64, 512))
     if experts.paying == 1:
         return f"By the law of {experts.source} experts do not pay at {count_words(params)} active parameters ({told})."

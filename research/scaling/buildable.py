@@ -87,7 +87,7 @@ def small(vocab_size: int = 512) -> Family:
 FAMILIES = {"llama": llama, "gpt": gpt, "small": small}
 
 
-def family_of(models: Sequence[Decoder], *, name: str = "the study's") -> Family:
+def family_of(models: Sequence[Decoder], *, name: str = "study's") -> Family:
     """The family that a study's own models belong to, as far as they tell: head width, feed-forward ratio, depth or
     aspect, and the multiple that their widths come in."""
     dense = [model for model in models if isinstance(model.mlp, Mlp) and not model.first]

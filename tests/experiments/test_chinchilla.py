@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The studies of scaling as they are written: each run within its budget, rules applied, and what they conclude from."""
+"""The studies of scaling as they are written: runs within budgets, rules applied, what is concluded."""
 
 import json
 import math
