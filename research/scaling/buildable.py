@@ -126,7 +126,7 @@ def nearest(family: Family, *, params: float, parameters: ParameterCount = "tota
                 misfit += (math.log(width / depth / family.aspect) / ASPECT_TOLERANCE) ** 2
             if misfit < least:
                 best, least = model, misfit
-        if ladder.count(family.model(width, depths[0]), parameters=parameters) > 4 * params:
+        if not depths or ladder.count(family.model(width, depths[0]), parameters=parameters) > 4 * params:
             break
     if best is None or ladder.count(best, parameters=parameters) > 2 * params:
         raise UserError(

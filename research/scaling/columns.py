@@ -14,10 +14,14 @@ from pathlib import Path
 from research.core.types import UserError
 from research.scaling.table import REQUIRED, STATUSES, Run, Table, read_csv
 
-UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12, "p": 1e15, "e": 1e18, "z": 1e21}
+UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12, "p": 1e15}
 WORDS = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
 OF_WHAT = r"(?:params?|parameters?|tokens?|flops?|nats?(?:/token)?)?"
 NUMBER = re.compile(rf"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*([a-z]*?)\s*{OF_WHAT}", re.IGNORECASE)
+THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?![\d,])")
+FINISHED = ("", "finished", "completed", "complete", "done", "success", "succeeded", "ok")
+UNEVEN = 0.01  # a count that is so far from a whole number is in millions or billions
+NAMED = 10  # rows left out that are named with the reason; of the others, the lines
 WORSE = 0.10  # above a smaller model's loss on fewer tokens: the run diverged
 GUESSES = {
     "params": ("params", "parameters", "n_params", "num_params", "model_size", "model size", "n"),
@@ -47,34 +51,45 @@ def read(path: Path | str, *, columns: Mapping[str, str | None] | None = None, d
     """
     given = {key: name for key, name in (columns or {}).items() if name}
     rows, header = _rows(path)
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path} has two columns named {twice!r}: give every column a name of its own.")
     if not given and set(REQUIRED) <= set(header):
         table, notes = read_csv(path), []
     else:
-        table, notes = _table(rows, _columns(header, given, path), path)
-    table, dropped = _drop_highest(table, drop_highest)
+        found, doubts = _columns(header, given, path)
+        table, notes = _table(rows, header, found, path)
+        notes = [*doubts, *notes]
+    table, dropped = without_highest(table, drop_highest)
     table, doubts = clean(table)
     return Imported(table, (*notes, *dropped, *doubts))
 
 
-def _rows(path: Path | str) -> tuple[list[dict[str, str]], list[str]]:
+def _rows(path: Path | str) -> tuple[list[tuple[int, list[str]]], list[str]]:
+    """(each row that is not empty, with the number of its last line; the names of the columns)."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            return list(reader), [name.strip() for name in reader.fieldnames or []]
+            reader = csv.reader(file)
+            header = [name.strip() for name in next(reader, [])]
+            return [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)], header
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as a CSV file ({error}): give the path of a table of runs.") from error
 
 
-def _columns(header: Sequence[str], given: Mapping[str, str], path: Path | str) -> dict[str, str]:
+def _columns(header: Sequence[str], given: Mapping[str, str], path: Path | str) -> tuple[dict[str, str], list[str]]:
+    """The columns to read, and a sentence for each that was guessed where others might be meant."""
     has = ", ".join(repr(name) for name in header) or "none"
     for key, name in given.items():
         if name not in header:
             raise UserError(f"{path} has no column {name!r} for {key}; its columns are {has}.")
-    found = dict(given)
+    found, notes = dict(given), []
     for key, names in GUESSES.items():
-        usual = next((name for name in header if name.lower() in names), None)
-        if key not in found and usual is not None and usual not in given.values():
-            found[key] = usual
+        usual = [name for name in header if name.lower() in names and name not in given.values()]
+        if key not in found and usual:
+            found[key] = usual[0]
+            if len(usual) > 1:
+                others = ", ".join(repr(name) for name in usual[1:])
+                notes.append(f"The {key} is read from {usual[0]!r}, not from {others}: --{key}-column names another.")
     if len({"params", "tokens"} & set(given)) == 1 and "flops" in given:  # two were named: the third follows
         found = {key: name for key, name in found.items() if key in given or key not in ("params", "tokens")}
     if "loss" not in found:
@@ -83,17 +98,17 @@ def _columns(header: Sequence[str], given: Mapping[str, str], path: Path | str) 
         absent = [key for key in ("params", "tokens", "flops") if key not in found]
         options = " or ".join(f"--{key}-column" for key in absent)
         raise UserError(f"{path} needs two of params, tokens and FLOPs: name a column with {options}; it has {has}.")
-    return found
+    return found, notes
 
 
 def number(text: str) -> float:
     """A number, with or without thousands' commas and a unit: 70B, 1.4 trillion tokens, 5.76e23 FLOPs. NaN for "nan"
     and for no text. Raises ValueError for other text."""
-    text = text.strip().replace(",", "").replace("_", "")
+    text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text.strip()).replace("_", "")
     if text.lower() in ("", "nan", "na", "n/a", "none", "null", "-"):
         return math.nan
     if text.lower().lstrip("+-") in ("inf", "infinity"):
-        return math.inf
+        return float(text)
     match = NUMBER.fullmatch(text)
     unit = match[2].lower() if match else ""
     if match is None or unit not in UNITS | WORDS:
@@ -101,35 +116,33 @@ def number(text: str) -> float:
     return float(match[1]) * (UNITS | WORDS)[unit]
 
 
-def _table(rows: Sequence[Mapping[str, str]], columns: Mapping[str, str], path: Path | str) -> tuple[Table, list[str]]:
+def _table(
+    rows: Sequence[tuple[int, list[str]]], header: Sequence[str], columns: Mapping[str, str], path: Path | str
+) -> tuple[Table, list[str]]:
     runs, notes, units, names = [], [], 0, set()
     strange: list[str] = []
-    for line, row in enumerate(rows, start=2):
-        values, problem = {}, None
-        for key in ("params", "tokens", "flops", "loss"):
-            text = (row.get(columns.get(key, "")) or "") if key in columns else ""
-            try:
-                values[key] = number(text)
-                units += bool(text) and bool(
-                    re.search(r"[a-z]", re.sub(r"e[-+]?\d+|nan|inf", "", text, flags=re.I), re.I)
-                )
-            except ValueError:
-                values[key], problem = math.nan, f"line {line}: the {key} is {text!r}, which is not a number"
-        if problem is None:
-            problem = _follow(values, columns, line)
+    for line, cells in rows:
+        row = dict(zip(header, cells, strict=False))
+        values, with_unit, problem = _values(row, columns)
+        if any(cell.strip() for cell in cells[len(header) :]):
+            problem = f"{len(cells)} cells for {len(header)} columns: put numbers with commas between quotes"
+        problem = problem or _follow(values, columns)
         if problem is not None:
-            strange.append(problem)
+            strange.append(f"line {line}: {problem}")
             continue
+        units += with_unit
         name = (row.get(columns.get("name", "")) or "").strip() or f"line-{line}"
         name = name if name not in names else f"{name} (line {line})"
         names.add(name)
-        status = (row.get(columns.get("status", "")) or "").strip().lower() or "finished"
-        loss = values["loss"]
+        word = (row.get(columns.get("status", "")) or "").strip()
+        status = "finished" if word.lower() in FINISHED else word.lower()
+        if status not in STATUSES:
+            notes.append(f"The status of {name} is {word!r}, which is taken for failed.")
+            status = "failed"
         runs.append(
             Run(
                 name=name, params=round(values["params"]), non_embedding_params=round(values["params"]),
-                tokens=round(values["tokens"]), flops=values["flops"], loss=loss,
-                status=status if status in STATUSES else "failed",
+                tokens=round(values["tokens"]), flops=values["flops"], loss=values["loss"], status=status,
             )
         )  # fmt: skip
     if not runs:
@@ -139,28 +152,50 @@ def _table(rows: Sequence[Mapping[str, str]], columns: Mapping[str, str], path: 
     if third is not None:
         notes.append(f"There is no column of {third}: they follow from FLOPs = 6 params tokens.")
     if units:
-        notes.append(f"{units} cells were read with their units, 70B as 7e10.")
-    notes += [f"Left out: {problem}." for problem in strange[:10]]
-    if len(strange) > 10:
-        notes.append(f"Left out: {len(strange) - 10} more lines without usable numbers.")
+        notes.append(f"Cells with units were read with them, 70B as 7e10: there are {units}.")
+    notes += [f"Left out: {problem}." for problem in strange[:NAMED]]
+    if len(strange) > NAMED:
+        lines = ", ".join(problem.partition(":")[0].removeprefix("line ") for problem in strange[NAMED:])
+        notes.append(f"Left out: {len(strange) - NAMED} more without usable numbers, on lines {lines}.")
     return Table(tuple(runs)), notes
 
 
-def _follow(values: dict[str, float], columns: Mapping[str, str], line: int) -> str | None:
+def _values(row: Mapping[str, str], columns: Mapping[str, str]) -> tuple[dict[str, float], int, str | None]:
+    """(the numbers of a row, NaN for those without a column; how many have a unit; what is wrong with one of them)."""
+    values, units, problem = {}, 0, None
+    for key in ("params", "tokens", "flops", "loss"):
+        text = (row.get(columns[key]) or "") if key in columns else ""
+        try:
+            if key == "loss" and "," in text:
+                raise ValueError(text)  # no loss is in the thousands: a decimal comma
+            values[key] = number(text)
+        except ValueError:
+            values[key], problem = math.nan, problem or f"the {key} is {text!r}, which is not a number"
+        units += math.isfinite(values[key]) and bool(re.search("[a-z]", re.sub(r"e[-+]?\d+", "", text.lower())))
+    return values, units, problem
+
+
+def _follow(values: dict[str, float], columns: Mapping[str, str]) -> str | None:
     """Fills in the one of params, tokens and flops that has no column; what is wrong with the others, if anything."""
     for key in ("params", "tokens", "flops"):
         if key in columns and not (math.isfinite(values[key]) and values[key] > 0):
-            return f"line {line}: the {key} is {values[key]}, and a positive number is needed"
+            return f"the {key} is {values[key]}, and a positive number is needed"
     if "flops" not in columns:
         values["flops"] = 6 * values["params"] * values["tokens"]
     elif "tokens" not in columns:
         values["tokens"] = values["flops"] / (6 * values["params"])
     elif "params" not in columns:
         values["params"] = values["flops"] / (6 * values["tokens"])
+    for key in ("params", "tokens"):
+        value = values[key]
+        if not (math.isfinite(value) and abs(round(value) - value) <= UNEVEN * value):
+            return f"the {key} is {value:.4g}, which is no count: write it out, or with its unit, as 125M"
     return None
 
 
-def _drop_highest(table: Table, count: int) -> tuple[Table, list[str]]:
+def without_highest(table: Table, count: int) -> tuple[Table, list[str]]:
+    """The table without the usable runs of the highest loss, and which those are. Raises UserError where none would be
+    left."""
     if count < 0:
         raise UserError(f"--drop-highest-loss must be at least 0; given {count}.")
     good = [run for run in table if run.problem is None]
@@ -171,7 +206,7 @@ def _drop_highest(table: Table, count: int) -> tuple[Table, list[str]]:
     dropped = sorted(good, key=lambda run: run.loss)[-count:]
     names = {run.name for run in dropped}
     lowest = min(run.loss for run in dropped)
-    told = f"The {count} runs of the highest loss ({lowest:.4g} and above) are left out: {', '.join(sorted(names))}."
+    told = f"Left out for the highest losses ({lowest:.4g} and above): {', '.join(sorted(names))}."
     return Table(tuple(run for run in table if run.name not in names)), [told]
 
 
@@ -184,7 +219,8 @@ def clean(table: Table) -> tuple[Table, tuple[str, ...]]:
         if run.problem is None and key in seen:
             notes.append(f"{run.name} is left out: a copy of {seen[key]}, with the same size, tokens and loss.")
             continue
-        seen.setdefault(key, run.name)
+        if run.problem is None:
+            seen[key] = run.name
         runs.append(run)
     good = [run for run in runs if run.problem is None]
     for index, run in enumerate(runs):
@@ -199,7 +235,8 @@ def clean(table: Table) -> tuple[Table, tuple[str, ...]]:
                 f"{run.loss / better.loss - 1:.0%} above "
                 f"that of {better.name}, which is no larger and saw no more tokens."
             )
-    seeds = len(good) - len({(run.params, run.tokens) for run in good})
+    stay = [run for run in runs if run.problem is None]
+    seeds = len(stay) - len({(run.params, run.tokens) for run in stay})
     if seeds:
-        notes.append(f"{seeds} runs repeat another's size and tokens with another loss (seeds): all count.")
+        notes.append(f"Runs that repeat another's size and tokens with another loss all count (seeds): {seeds}.")
     return Table(tuple(runs)), tuple(notes)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What counting and choosing runs otherwise does to the exponents (Porian et al. 2024; Pearce and Song 2024).
 
-Kaplan et al. 2020 left embeddings and the output head out of params and compute, Hoffmann et al. 2022 counted them;
-short
+Kaplan et al. 2020 left embeddings and the output head out of params and compute, Hoffmann et al. 2022 counted them; short
 runs may end inside their warm-up; the largest budget alone may carry the slope. Each can be switched on here, on the
 same runs, to see what it does.
 """
@@ -29,6 +28,12 @@ class Correction:
     flops: FlopCount = "exact"
     max_warmup: float | None = None
     drop_largest: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_warmup is not None and not 0 <= self.max_warmup <= 1:
+            raise UserError(f"The largest share of warm-up is between 0 and 1; given {self.max_warmup}.")
+        if self.drop_largest < 0:
+            raise UserError(f"The number of budgets to leave out must be at least 0; given {self.drop_largest}.")
 
     def __call__(self, runs: Iterable[Run]) -> tuple[list[Run], tuple[str, ...]]:
         """(runs with their params and FLOPs recounted, what was left out and why). Params of every convention are the
@@ -87,6 +92,9 @@ def compare(
     """Every correction that the runs allow, and a sentence for each that they do not. A correction that changes no run
     is left out."""
     variants, notes, seen = [], [], []
+    if all(run.params == run.non_embedding_params for run in runs):
+        ladder = [(name, correction) for name, correction in ladder if correction.parameters == "total"]
+        notes.append("The runs have one count of parameters: what it does to leave embeddings out cannot be shown.")
     for name, correction in ladder:
         try:
             counted, _ = correction(runs)

@@ -62,8 +62,8 @@ def surface(axes: Any, best: Best) -> None:
         x, y = [run.learning_rate for run in runs], [run.loss for run in runs]
         axes.plot(x, y, "-", color=colour, linewidth=1)
         for run in runs:
-            told = f"{run.name}\nlearning rate {run.learning_rate:g}, {run.batch_tokens:,} tokens a step, loss "
-            f"{run.loss:.4f}"
+            told = f"{run.name}\nlearning rate {run.learning_rate:g}, {run.batch_tokens:,} tokens a step, "
+            told += f"loss {run.loss:.4f}"
             point(axes, run.learning_rate, run.loss, marker, says=told, color=colour, markersize=5)
         axes.plot([], [], marker + "-", color=colour, label=f"{batch:,} tokens a step")
     if best.problem is None:
