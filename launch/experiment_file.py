@@ -65,25 +65,40 @@ class Like:
 def write(path: Path, planned: Sequence[Planned], *, like: Like | None, words: Sequence[str]) -> Path:
     """Writes a study file whose ``sweep()`` are the planned runs: as those of ``like``, or from scratch. Raises
     UserError for a path that does not end in .py."""
-    path = Path(path)
-    if path.suffix != ".py":
-        raise UserError(f"An experiment is written to a Python file: {path} does not end in .py.")
-    told = "\n\n".join("\n".join(wrap(sentence.replace("\\", "/"), LINE)) for sentence in words)
+    path = checked(path)
+    told = "\n\n".join("\n".join(wrap(plain(sentence), LINE)) for sentence in words)
     body = _from_study(planned, like) if like is not None else _from_scratch(planned)
     write_atomically(path, f'# SPDX-License-Identifier: Apache-2.0\n"""{told}\n"""\n\n{body}')
     return path
+
+
+def checked(path: Path) -> Path:
+    """The path. Raises UserError where it does not end in .py."""
+    path = Path(path)
+    if path.suffix != ".py":
+        raise UserError(f"An experiment is written to a Python file: {path} does not end in .py.")
+    return path
+
+
+def plain(sentence: str) -> str:
+    """The sentence without what would end a docstring, or mean something in one."""
+    return sentence.replace("\\", "/").replace('"', "'")
+
+
+def quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _from_study(planned: Sequence[Planned], like: Like) -> str:
     file, _, function = like.reference.partition(":")
     path = Path(file).resolve()
     inside = path.is_relative_to(Path.cwd())
-    where = json.dumps(str(path.relative_to(Path.cwd()) if inside else path))
+    where = quoted(str(path.relative_to(Path.cwd()) if inside else path))
     calls, seeds = [], _seeds(planned)
     for run in planned:
         m = run.model
         calls.append(
-            f'"{run.name}": planned(\n    "{run.name}", like="{like.nearest(cost.params(m).total)}", '
+            f'"{run.name}": planned(\n    "{run.name}", like={quoted(like.nearest(cost.params(m).total))}, '
             f"flops={run.flops:.6g}, seed={seeds[run.name]},\n"
             f"    d_model={m.d_model}, num_layers={m.num_layers}, num_heads={m.attention.num_heads}, "
             f"num_kv_heads={m.attention.num_kv_heads}, d_ff={run.mlp.d_ff},\n),"
@@ -102,7 +117,7 @@ def planned(
     num_kv_heads: int | None, d_ff: int,
 ) -> Experiment:
     base = STUDY["{function or "sweep"}"]()[like]
-    attention = replace(base.model.attention, num_heads=num_heads, num_kv_heads=num_kv_heads)
+    attention = replace(base.model.attention, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=None)
     mlp = replace(base.model.mlp, d_ff=d_ff)
     model = replace(base.model, d_model=d_model, num_layers=num_layers, attention=attention, mlp=mlp)
     return ADJUST(replace(base, name=name, model=model, length=Flops(flops), seed=base.seed + seed))

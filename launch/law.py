@@ -10,6 +10,8 @@ from launch import collect, experiment_file, study
 from launch.experiment_file import Like, Planned
 from research.core.files import write_atomically
 from research.core.types import UserError
+from research.models.decoder import Decoder
+from research.models.mlp import Mlp
 from research.scaling import allocation, buildable, columns, cost, design, forms, report
 from research.scaling.advice import advise
 from research.scaling.analysis import Settings, analyse
@@ -17,6 +19,8 @@ from research.scaling.corrections import Correction
 from research.scaling.envelope import Curves
 from research.scaling.page import finite
 from research.scaling.table import Table
+
+COLUMNS = ("params", "tokens", "flops", "loss", "name", "status")
 
 
 @dataclass(frozen=True)
@@ -37,24 +41,42 @@ def load(options: argparse.Namespace) -> Loaded:
     if Path(reference.partition(":")[0]).suffix == ".py":
         found = study.load(reference)
         directory = options.runs / found.name
-        table = collect.table(found, directory)
-        loaded = Loaded(table, found.name, (), report.training_curves(table, directory), Like(reference, found))
+        named = next((name for name in COLUMNS if getattr(options, f"{name}_column")), None)
+        if named is not None:
+            raise UserError(f"{reference} is a study, which has no columns to name: leave out --{named}-column.")
+        table, notes = columns.without_highest(collect.table(found, directory), options.drop_highest_loss)
+        loaded = Loaded(
+            table, found.name, tuple(notes), report.training_curves(table, directory), Like(reference, found)
+        )
     else:
-        names = ("params", "tokens", "flops", "loss", "name", "status")
-        chosen = {name: getattr(options, f"{name}_column") for name in names}
+        chosen = {name: getattr(options, f"{name}_column") for name in COLUMNS}
         imported = columns.read(reference, columns=chosen, drop_highest=options.drop_highest_loss)
-        loaded = Loaded(imported.table, Path(reference).stem, imported.notes, {}, None)
+        again = columns.clean(imported.table)[1]  # what every analysis says by itself
+        notes = tuple(note for note in imported.notes if note not in again)
+        loaded = Loaded(imported.table, Path(reference).stem, notes, {}, None)
+        if options.parameters == "non_embedding" and all(r.params == r.non_embedding_params for r in loaded.table):
+            raise UserError(
+                f"{reference} has one count of parameters: give those outside embeddings and head with "
+                f"--params-column, and leave out --parameters."
+            )
     correction = Correction(options.parameters, options.count_flops, options.max_warmup, options.drop_budgets)
     if correction == Correction():
         return loaded
     runs, notes = correction(loaded.table)
     left_out = [run for run in loaded.table if run.problem is not None]
     counted = f"Counted as: {options.parameters} parameters, FLOPs {options.count_flops}."
-    table = Table((*runs, *left_out))
-    return Loaded(table, loaded.title, (*loaded.notes, counted, *notes), loaded.curves, loaded.like)
+    table, dearer = Table((*runs, *left_out)), {run.name: run.flops / loaded.table[run.name].flops for run in runs}
+    curves = {
+        name: [(flops * dearer[name], loss) for flops, loss in line]
+        for name, line in loaded.curves.items()
+        if name in dearer
+    }
+    return Loaded(table, loaded.title, (*loaded.notes, counted, *notes), curves, loaded.like)
 
 
 def settings(options: argparse.Namespace, *, form: forms.Form = forms.CHINCHILLA) -> Settings:
+    if options.flops is not None:
+        allocation.check_flops(options.flops)
     return Settings(
         parameters="total",  # as counted by ``load``
         target_flops=options.flops,
@@ -66,8 +88,9 @@ def settings(options: argparse.Namespace, *, form: forms.Form = forms.CHINCHILLA
 
 
 def fit(options: argparse.Namespace) -> int:
-    loaded = load(options)
     form = next(form for form in forms.FORMS if form.name == options.law)
+    chosen = settings(options, form=form)
+    loaded = load(options)
     conventions = (
         {} if loaded.like is not None else {name: "as the CSV file has them" for name in ("loss", "flops", "tokens")}
     )
@@ -81,7 +104,7 @@ def fit(options: argparse.Namespace) -> int:
         title=f"Scaling law of {loaded.title}",
         notes=loaded.notes,
         curves=loaded.curves,
-        settings=settings(options, form=form),
+        settings=chosen,
         conventions=conventions,
     )
     print("\n".join((*loaded.notes, str(found.fit.law), *found.sentences)))
@@ -90,20 +113,20 @@ def fit(options: argparse.Namespace) -> int:
 
 
 def recommend(options: argparse.Namespace) -> int:
-    allocation.check_flops(options.flops)
-    loaded = load(options)
-    found = analyse(loaded.table, settings=replace(settings(options), correct=False))
+    asked, loaded = replace(settings(options), correct=False), load(options)
+    family = chosen_family(loaded, options.family)
+    path = experiment_file.checked(options.out or options.runs / "recommended.py")
+    found = analyse(loaded.table, settings=asked)
     print("\n".join((*loaded.notes, *found.sentences)))
     advice = advise(found, served=options.served, unique_tokens=options.unique_tokens)
     print("\n".join(advice.sentences))
-    family = chosen_family(loaded, options.family)
-    model = buildable.nearest(family, params=advice.params)
+    model = buildable.nearest(family, params=advice.params, parameters=options.parameters)
+    size = buildable.count(model, parameters=options.parameters)
     print(f"The nearest model of the {family.name} family that can be built: {buildable.describe(model)}.")
-    print(advice.as_built(cost.params(model).total))
-    path = options.out or options.runs / "recommended.py"
+    print(advice.as_built(size))
     written = experiment_file.write(
         path,
-        [Planned("recommended", model, advice.train_flops, advice.tokens_of(cost.params(model).total))],
+        [plan("recommended", model, advice.train_flops, advice.tokens_of(size), loaded, options)],
         like=loaded.like,
         words=(
             f"The model that {options.flops:.3g} FLOPs are best spent on, by the runs of {loaded.title}.",
@@ -121,12 +144,28 @@ def chosen_family(loaded: Loaded, name: str | None) -> buildable.Family:
     if (name or "llama") not in buildable.FAMILIES:
         raise UserError(f"There is no family {name!r}: choose one of {', '.join(buildable.FAMILIES)}.")
     base = buildable.FAMILIES[name or "llama"]
-    return base() if loaded.like is None else base(vocab_size=loaded.like.experiment(1.0).model.vocab_size)
+    if loaded.like is None:
+        return base()
+    like = loaded.like.experiment(1.0).model  # the shape is the family's, all else as the study has it
+    if not isinstance(like.mlp, Mlp):
+        raise UserError(f"The models of {loaded.title} have experts, and families are of dense models.")
+    return replace(base(), base=like)
+
+
+def plan(
+    name: str, model: Decoder, flops: float, tokens: float, loaded: Loaded, options: argparse.Namespace
+) -> Planned:
+    """A run of so many FLOPs as the runs count them, for a file that counts them exactly."""
+    if loaded.like is not None and options.count_flops != "exact":
+        like = loaded.like.experiment(float(cost.params(model).total))
+        flops = tokens * replace(like, model=model).flops_per_token
+    return Planned(name, model, flops, tokens)
 
 
 def suggest(options: argparse.Namespace) -> int:
-    loaded = load(options)
-    found = analyse(loaded.table, settings=replace(settings(options), correct=False))
+    asked, loaded = replace(settings(options), correct=False), load(options)
+    family = chosen_family(loaded, options.family)
+    found = analyse(loaded.table, settings=asked)
     proposal = design.propose(
         found.fit,
         budget=options.budget,
@@ -135,15 +174,16 @@ def suggest(options: argparse.Namespace) -> int:
         drawn=found.drawn,
     )
     print("\n".join((*loaded.notes, *found.remarks, *proposal.sentences)))
-    if options.out is not None:
-        record = {"sentences": list(proposal.sentences), **asdict(proposal), "narrower": proposal.narrower}
-        write_atomically(options.out / "next.json", json.dumps(finite(record), indent=2, allow_nan=False) + "\n")
-    family = chosen_family(loaded, options.family)
-    planned = [
-        Planned(f"next-{i + 1}", buildable.nearest(family, params=run.params), run.flops, run.tokens)
-        for i, run in enumerate(proposal.runs)
-    ]
-    path = (options.out or options.runs) / "next.py"
+    planned = []
+    for i, run in enumerate(proposal.runs):
+        model = buildable.nearest(family, params=run.params, parameters=options.parameters)
+        size = float(buildable.count(model, parameters=options.parameters))
+        tokens = run.flops / float(found.flops_per_token(size))
+        planned.append(plan(f"next-{i + 1}", model, run.flops, tokens, loaded, options))
+    folder = options.out or options.runs
+    record = {"sentences": list(proposal.sentences), **asdict(proposal), "narrower": proposal.narrower}
+    write_atomically(folder / "next.json", json.dumps(finite(record), indent=2, allow_nan=False) + "\n")
+    path = folder / "next.py"
     words = (f"The runs that most narrow the best size at {found.target_flops:.3g} FLOPs.", *proposal.sentences)
     print(f"The runs are written to {experiment_file.write(path, planned, like=loaded.like, words=words)}.")
     return 0

@@ -25,9 +25,8 @@ MOST_LAYERS = 160
 @dataclass(frozen=True)
 class Family:
     """base: what all its models share (vocabulary, norms, positions, activation). aspect: d_model over layers;
-    layers: a
-    fixed depth instead. head_dim; ff_ratio: d_ff over d_model, rounded to ``ff_multiple``. multiples: (from width,
-    multiple of d_model), rising."""
+    layers: a fixed depth instead. head_dim; ff_ratio: d_ff over d_model, rounded to ``ff_multiple``. multiples: (from
+    width, multiple of d_model), rising."""
 
     name: str
     base: Decoder
@@ -111,30 +110,43 @@ def family_of(models: Sequence[Decoder], *, name: str = "study's") -> Family:
 def nearest(family: Family, *, params: float, parameters: ParameterCount = "total") -> Decoder:
     """The family's model nearest to a parameter count: sizes are weighed against how far depth is from the family's.
 
-    Raises UserError where even the smallest model has more than twice the count asked for.
+    Raises UserError where even the smallest model has more than twice the count asked for, or the largest less than
+    half of it.
     """
-    best, least = None, math.inf
-    smallest = None
+    if not (math.isfinite(params) and params > 0):
+        raise UserError(f"A model's size must be a positive number of parameters; given {params}.")
+    best, least, smallest, largest = None, math.inf, math.inf, 0
     for width in family.widths(int(200 * params**0.5) + 2 * family.multiples[0][1]):
         depths = [family.layers] if family.layers is not None else _depths(family, width)
         for depth in depths:
             model = family.model(width, depth)
-            size = ladder.count(model, parameters=parameters)
-            smallest = size if smallest is None else min(smallest, size)
+            size = count(model, parameters=parameters)
+            smallest, largest = min(smallest, size), max(largest, size)
             misfit = (math.log(size / params) / SIZE_TOLERANCE) ** 2
             if family.aspect is not None:
                 misfit += (math.log(width / depth / family.aspect) / ASPECT_TOLERANCE) ** 2
             if misfit < least:
                 best, least = model, misfit
-        if not depths or ladder.count(family.model(width, depths[0]), parameters=parameters) > 4 * params:
+        if not depths or count(family.model(width, depths[0]), parameters=parameters) > 4 * params:
             break
-    if best is None or ladder.count(best, parameters=parameters) > 2 * params:
+    if best is None or count(best, parameters=parameters) > 2 * params:
         raise UserError(
             f"The smallest {family.name} model has {smallest:,} parameters and {params:,.0f} are asked for: "
-            f"name a smaller "
-            f"family ({', '.join(FAMILIES)})."
+            f"name a smaller family ({', '.join(FAMILIES)})."
+        )
+    if count(best, parameters=parameters) < params / 2:
+        raise UserError(
+            f"The largest {family.name} model has {largest:,} parameters and {params:,.0f} are asked for: no model of "
+            f"that size can be built."
         )
     return best
+
+
+def count(model: Decoder, *, parameters: ParameterCount = "total") -> int:
+    """Parameters of a model by any convention of ``Run.count``."""
+    if parameters == "with_head":
+        return cost.params(model).non_embedding + model.vocab_size * model.d_model
+    return ladder.count(model, parameters=parameters)
 
 
 def _depths(family: Family, width: int) -> list[int]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What counting and choosing runs otherwise does to the exponents (Porian et al. 2024; Pearce and Song 2024).
 
-Kaplan et al. 2020 left embeddings and the output head out of params and compute, Hoffmann et al. 2022 counted them; short
-runs may end inside their warm-up; the largest budget alone may carry the slope. Each can be switched on here, on the
-same runs, to see what it does.
+Kaplan et al. 2020 left embeddings and the output head out of params and compute, Hoffmann et al. 2022 counted them;
+short runs may end inside their warm-up; the largest budget alone may carry the slope. Each can be switched on here, on
+the same runs, to see what it does.
 """
 
 from collections.abc import Iterable, Sequence

@@ -55,9 +55,11 @@ def fit_envelope(
     """
     found = [(run, _counting(run, curves)) for run in runs if run.problem is None and len(curves.get(run.name, ())) > 1]
     found = [(run, line) for run, line in found if len(line) > 1]
-    if len({run.count(parameters) for run, _ in found}) < FEWEST_SIZES:
+    distinct = len({run.count(parameters) for run, _ in found})
+    if distinct < FEWEST_SIZES:
         raise UserError(
-            f"An envelope needs training curves of {FEWEST_SIZES} model sizes; there are {len(found)} runs."
+            f"An envelope needs training curves of {FEWEST_SIZES} model sizes; there are {len(found)} runs with "
+            f"a curve, of {distinct} sizes."
         )
     sizes = np.array([run.count(parameters) for run, _ in found], float)
     per_token = np.array([run.flops / run.tokens for run, _ in found])
@@ -90,7 +92,10 @@ def fit_envelope(
 
 def _counting(run: Run, curves: Curves) -> np.ndarray:
     """The part of a run's curve that counts, [points, (FLOPs, loss)], from one point before it on."""
-    line = np.array(curves[run.name])
+    line = np.array(curves[run.name], float)
+    line = line[np.all(np.isfinite(line), axis=1) & (line[:, 0] > 0)]
+    if len(line) < 2:
+        return line
     start = DECAYED * line[-1, 0]
     if run.schedule is not None and run.schedule.startswith("constant"):
         start = (run.warmup_tokens or 0) * run.flops / run.tokens

@@ -14,11 +14,13 @@ import numpy as np
 
 from research.core.types import UserError
 from research.scaling.intervals import Interval
+from research.scaling.isoflop import by_budget
 from research.scaling.table import Run
 
 NEAR = 0.10  # of the best loss: runs farther above it say little about where the minimum lies
 FEWEST_RUNS = 8  # two more than a quadratic in two variables has numbers
 RESAMPLES = 2000
+ONE_LINE = 0.05  # spread of (log params, log tokens) across their main direction, as a share of that along it
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,15 @@ def tune(runs: Iterable[Run], *, seed: int = 0) -> Tuning:
 
     Raises UserError where fewer than two budgets have an optimum inside the rates and batches that were tried.
     """
-    cells: dict[tuple[float, int], list[Run]] = {}
-    for run in runs:
-        if run.problem is None and run.learning_rate and run.batch_tokens:
-            cells.setdefault((float(f"{run.flops:.2g}"), run.params), []).append(run)
+    cells: dict[tuple[int, int], list[Run]] = {}
+    good = [run for run in runs if run.problem is None and run.learning_rate and run.batch_tokens]
+    for budget, group in enumerate(by_budget(good)):
+        for run in group:
+            cells.setdefault((budget, run.params), []).append(run)
     generator = np.random.default_rng(seed)
     best = tuple(_best(cells[key], generator) for key in sorted(cells))
     found = [b for b in best if b.problem is None]
-    budgets = {float(f"{b.flops:.2g}") for b in found}
+    budgets = {budget for (budget, _), b in zip(sorted(cells), best, strict=True) if b.problem is None}
     if len(budgets) < 2:
         problems = "; ".join(f"{_cell(b)}: {b.problem}" for b in best if b.problem is not None)
         raise UserError(
@@ -98,8 +101,15 @@ def tune(runs: Iterable[Run], *, seed: int = 0) -> Tuning:
         )
     compute = {"flops": [b.flops for b in found]}
     sizes = {"params": [b.params for b in found], "tokens": [b.tokens for b in found]}
-    spread = len({b.params for b in found}) > 2 and len(found) > 3
+    spread = len({b.params for b in found}) > 2 and len(found) > 3 and _apart(found)
     return Tuning(best, _rules(found, compute), _rules(found, sizes) if spread else None)
+
+
+def _apart(found: Sequence[Best]) -> bool:
+    """Whether params and tokens vary in more than one direction: on one line their exponents cannot be told apart."""
+    both = np.log([[b.params, b.tokens] for b in found])
+    large, small = np.linalg.svd(both - both.mean(axis=0), compute_uv=False)
+    return bool(small > ONE_LINE * large)
 
 
 def _best(runs: Sequence[Run], generator: np.random.Generator) -> Best:
@@ -127,7 +137,7 @@ def _best(runs: Sequence[Run], generator: np.random.Generator) -> Best:
     place = places[0]
     within = np.all(np.isfinite(place)) and x.min() < place[0] < x.max() and y.min() < place[1] < y.max()
     if not within:
-        return Best(**common, problem=_advice(lowest, near, place, (x, y)))
+        return Best(**common, problem=_advice(lowest, place, (x, y)))
     there = np.array([1, *place, place[0] ** 2, place[1] ** 2, place[0] * place[1]])
     return Best(
         **common,
@@ -149,8 +159,7 @@ def _minima(numbers: np.ndarray) -> np.ndarray:
     return np.where(good[:, None], place, np.nan)
 
 
-def _advice(lowest: Run, near: Sequence[Run], place: np.ndarray, tried: tuple[np.ndarray, np.ndarray]) -> str:
-    del near
+def _advice(lowest: Run, place: np.ndarray, tried: tuple[np.ndarray, np.ndarray]) -> str:
     if not np.all(np.isfinite(place)):
         around = f"learning rate {lowest.learning_rate:g} and {lowest.batch_tokens} tokens a step"
         return f"not bracketed: run more around {around}, for the surface has no minimum."
