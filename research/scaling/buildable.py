@@ -94,17 +94,27 @@ def family_of(models: Sequence[Decoder], *, name: str = "study's") -> Family:
         raise UserError("The study's models have experts, and a family is of dense ones: name one with --family.")
     largest = max(dense, key=lambda model: model.d_model)
     head_dim, depths = largest.attention.width(largest.d_model), {model.num_layers for model in dense}
+    multiple = math.gcd(*(model.mlp.d_ff for model in dense))
     step = math.lcm(head_dim, math.gcd(*(model.d_model for model in dense)))
     return Family(
         name,
         largest,
         head_dim,
-        ff_ratio=largest.mlp.d_ff / largest.d_model,
-        ff_multiple=math.gcd(*(model.mlp.d_ff for model in dense)),
+        ff_ratio=_ratio(dense, multiple),
+        ff_multiple=multiple,
         multiples=((0, step),),
         aspect=largest.d_model / largest.num_layers if len(depths) > 1 else None,
         layers=largest.num_layers if len(depths) == 1 else None,
     )
+
+
+def _ratio(models: Sequence[Decoder], multiple: int) -> float:
+    """The d_ff over d_model that rounds to every model's d_ff; the largest model's own where it does, or none does."""
+    low = max((model.mlp.d_ff - multiple / 2) / model.d_model for model in models)
+    high = min((model.mlp.d_ff + multiple / 2) / model.d_model for model in models)
+    largest = max(models, key=lambda model: model.d_model)
+    ratio = largest.mlp.d_ff / largest.d_model
+    return ratio if low < ratio < high or low >= high else (low + high) / 2
 
 
 def nearest(family: Family, *, params: float, parameters: ParameterCount = "total") -> Decoder:

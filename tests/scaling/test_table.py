@@ -23,8 +23,11 @@ NUMBERS = st.none() | st.floats(min_value=1e-300, max_value=1e300)
 def test_columns_stand_in_the_promised_order(tmp_path):
     write_csv(Table((RUN,)), tmp_path / "table.csv")
     lines = (tmp_path / "table.csv").read_text().splitlines()
-    assert lines[0] == HEADER + ",corpus_bytes,corpus_hash,experts,active_params"
-    assert lines[1] == "a,100,50,2000,1200000.0,3.5,2.1,finished,12.5,1000,abc,,"
+    assert lines[0] == HEADER + (
+        ",corpus_bytes,corpus_hash,experts,active_params,head_params,learning_rate,batch_tokens,warmup_tokens,"
+        "unique_tokens,schedule,tokenizer"
+    )
+    assert lines[1] == "a,100,50,2000,1200000.0,3.5,2.1,finished,12.5,1000,abc" + "," * 9
 
 
 @settings(max_examples=40, deadline=None)
