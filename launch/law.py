@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from research.scaling.page import finite
 from research.scaling.table import Table
 
 COLUMNS = ("params", "tokens", "flops", "loss", "name", "status")
+
+FEWEST_RESAMPLES = 20
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,11 @@ def load(options: argparse.Namespace) -> Loaded:
 def settings(options: argparse.Namespace, *, form: forms.Form = forms.CHINCHILLA) -> Settings:
     if options.flops is not None:
         allocation.check_flops(options.flops)
+    if options.resamples and options.resamples < FEWEST_RESAMPLES:
+        raise UserError(
+            f"--resamples must be at least {FEWEST_RESAMPLES} for intervals that mean something, or 0 for none; given "
+            f"{options.resamples}."
+        )
     return Settings(
         parameters="total",  # as counted by ``load``
         target_flops=options.flops,
@@ -113,6 +121,11 @@ def fit(options: argparse.Namespace) -> int:
 
 
 def recommend(options: argparse.Namespace) -> int:
+    for name in ("served", "unique_tokens"):
+        tokens = getattr(options, name)
+        if tokens is not None and not (math.isfinite(tokens) and tokens > 0):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be a positive number of tokens; given {tokens:g}.")
     asked, loaded = replace(settings(options), correct=False), load(options)
     family = chosen_family(loaded, options.family)
     path = experiment_file.checked(options.out or options.runs / "recommended.py")
@@ -163,6 +176,7 @@ def plan(
 
 
 def suggest(options: argparse.Namespace) -> int:
+    allocation.check_flops(options.budget)
     asked, loaded = replace(settings(options), correct=False), load(options)
     family = chosen_family(loaded, options.family)
     found = analyse(loaded.table, settings=asked)
