@@ -131,7 +131,7 @@ ROWS = {
     "no tokens": "1e8,,3.0,",
     "billions": "1.3,8e9,3.0,",
     "endless": "inf,8e9,3.0,",
-    "comma": '1e8,8e9,"2,95",',
+    "comma": '1e8,8e9,"2,945",',
     "spilt": "1,234,567,8e9,3.0,",
     "apples": "1e8,8e9,7 apples,",
 }
@@ -160,7 +160,7 @@ def test_every_row_is_kept_or_named(write):
         "line 13: the tokens is nan",
         "line 14: the params is 1.3, which is no count: write it out, or with its unit",
         "line 15: the params is inf",
-        "line 16: the loss is '2,95', which is not a number",
+        "line 16: the loss is '2,945', which is not a number",
         "line 17: 7 cells for 5 columns: put numbers with commas between quotes",
         "line 18: the loss is '7 apples'",
     ):

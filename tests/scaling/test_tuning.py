@@ -30,16 +30,16 @@ def best_batch(params: float, tokens: float) -> float:
 
 def grid(
     *, budgets: tuple[float, ...] = BUDGETS, factors: tuple[float, ...] = (0.5, 1, 2), noise: float = NOISE,
-    shift: float = 1.0, seed: int = 0, vary: float = 0.01,
+    shift: float = 1.4, seed: int = 0, vary: float = 0.01,
 ) -> list[Run]:  # fmt: skip
-    """Five rates by five batches about the optimum of each size at each budget, whose FLOPs vary as whole steps make
-    them."""
+    """Five rates by five batches, off centre about the optimum of each size at each budget, whose FLOPs vary as whole
+    steps make them."""
     generator, runs = np.random.default_rng(seed), []
     for budget, factor in itertools.product(budgets, factors):
         params = round(math.sqrt(budget / 120) * factor)
         rate, batch = best_rate(params, budget / (6 * params)), best_batch(params, budget / (6 * params))
         for a, b in itertools.product(np.geomspace(0.25, 4, 5), np.geomspace(0.25, 4, 5)):
-            x, y = math.log(a * shift), math.log(b)
+            x, y = math.log(a * shift), math.log(b / 1.5)
             surface = 0.012 * x * x + 0.006 * y * y - 0.004 * x * y
             flops = budget * (1 + vary * generator.uniform(-1, 1))
             run = Run(
@@ -51,7 +51,7 @@ def grid(
                 loss=3.0 * math.exp(surface + noise * generator.standard_normal()),
                 status="finished",
             )
-            runs.append(replace(run, learning_rate=rate * a * shift, batch_tokens=round(batch * b)))
+            runs.append(replace(run, learning_rate=rate * a * shift, batch_tokens=round(batch * b / 1.5)))
     return runs
 
 
