@@ -83,8 +83,8 @@ def advise(found: Conclusion, *, served: float | None = None, unique_tokens: flo
         if unique_tokens is not None and lifetime.best.tokens > unique_tokens:
             times = lifetime.best.tokens / unique_tokens
             sentences.append(
-                f"That model's {count_words(lifetime.best.tokens)} tokens are {times:.2g} times the unique ones, and its "
-                "loss is that of tokens which are all new: with this corpus it is higher."
+                f"That model's {count_words(lifetime.best.tokens)} tokens are {times:.2g} times the unique ones, and "
+                "its loss is that of tokens which are all new: with this corpus it is higher."
             )
         params, train, built = lifetime.best.params, lifetime.best.flops, "inference-aware"
     experts = experts_that_pay(params, _own_experts(found.runs))
