@@ -103,20 +103,21 @@ def _from_study(planned: Sequence[Planned], like: Like) -> str:
             f"    d_model={m.d_model}, num_layers={m.num_layers}, num_heads={m.attention.num_heads}, "
             f"num_kv_heads={m.attention.num_kv_heads}, d_ff={run.mlp.d_ff},\n),"
         )
-    return f'''from dataclasses import replace
-from runpy import run_path
+    return f"""from dataclasses import replace
+from pathlib import Path
 
+from launch.study import load_module
 from research.train.experiment import Experiment, Flops
 
-STUDY = run_path({where})  # the study these runs go on from; its settings hold but for model and length
-ADJUST = STUDY.get("adjust", lambda experiment: experiment)
+STUDY = load_module(Path({where}))  # the study these runs go on from; its settings hold but for model and length
+ADJUST = getattr(STUDY, "adjust", lambda experiment: experiment)
 
 
 def planned(
     name: str, *, like: str, flops: float, seed: int, d_model: int, num_layers: int, num_heads: int,
     num_kv_heads: int | None, d_ff: int,
 ) -> Experiment:
-    base = STUDY["{function or "sweep"}"]()[like]
+    base = STUDY.{function or "sweep"}()[like]
     attention = replace(base.model.attention, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=None)
     mlp = replace(base.model.mlp, d_ff=d_ff)
     model = replace(base.model, d_model=d_model, num_layers=num_layers, attention=attention, mlp=mlp)
@@ -127,7 +128,7 @@ def sweep() -> dict[str, Experiment]:
     return {{
 {indent(chr(10).join(calls), " " * 8)}
     }}
-'''
+"""
 
 
 def _seeds(planned: Sequence[Planned]) -> dict[str, int]:

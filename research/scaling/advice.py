@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from research.core.types import UserError
-from research.scaling.allocation import Allocation, Lifetime, constrained, lifetime_optimum, optimum
+from research.scaling.allocation import (
+    Allocation,
+    Lifetime,
+    constrained,
+    lifetime_optima,
+    lifetime_optimum,
+    optimum,
+)
 from research.scaling.analysis import Conclusion
 from research.scaling.fit import Fit, Points, fit_law
 from research.scaling.forms import ROUTED
@@ -17,7 +24,6 @@ from research.scaling.laws import CLARK_S_BASE, RoutedExperts
 from research.scaling.recommend import count_words
 from research.scaling.table import Run
 
-LIFETIMES = 300  # resampled laws behind the interval of a lifetime's optimum
 COUNTS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 CLARK_SIZES, CLARK_REACH = (1.5e7, 1.3e9), 4.0  # params of Clark et al.'s models, and how far it is carried below
 PAYS = 1.10  # a doubling of experts pays while it is worth at least so much more of a dense model
@@ -60,7 +66,7 @@ class Advice:
         )
         if self.found.drawn is not None:
             drawn = self.found.drawn
-            span = drawn.interval(drawn.laws.loss(params=float(params), tokens=tokens))
+            span = Interval.of(drawn.laws.loss(params=float(params), tokens=tokens))
             text += f" (95%: {span.low:.3f} to {span.high:.3f})"
         return f"{text} nats per token, {loss - best:+.4f} against the size asked for."
 
@@ -78,14 +84,8 @@ def advise(found: Conclusion, *, served: float | None = None, unique_tokens: flo
         sentences.append(words)
         params, built = scarce.params, "data-constrained"
     if served is not None:
-        lifetime = lifetime_optimum(law, flops=flops, served=served, flops_per_token=cost)
-        sentences.append(_served(found, lifetime))
-        if unique_tokens is not None and lifetime.best.tokens > unique_tokens:
-            times = lifetime.best.tokens / unique_tokens
-            sentences.append(
-                f"That model's {count_words(lifetime.best.tokens)} tokens are {times:.2g} times the unique ones, and "
-                "its loss is that of tokens which are all new: with this corpus it is higher."
-            )
+        lifetime, words = _served(found, served, unique_tokens)
+        sentences.append(words)
         params, train, built = lifetime.best.params, lifetime.best.flops, "inference-aware"
     experts = experts_that_pay(params, _own_experts(found.runs))
     sentences.append(_expert_words(experts, params))
@@ -116,28 +116,25 @@ def _scarce(found: Conclusion, best: Allocation, unique_tokens: float) -> tuple[
     )
 
 
-def _served(found: Conclusion, lifetime: Lifetime) -> str:
-    span = None
+def _served(found: Conclusion, served: float, unique_tokens: float | None) -> tuple[Lifetime, str]:
+    """The model for serving, on the unique tokens where they are few."""
+    spend = {"flops_per_token": found.flops_per_token, "unique_tokens": unique_tokens}
+    bound = constrained if unique_tokens is not None else lambda law: law
+    lifetime = lifetime_optimum(bound(found.fit.law), flops=found.target_flops, served=served, **spend)
+    best, span, epochs, reached = lifetime.best, None, "", "the compute-optimal model's loss"
     if found.drawn is not None:
-        sizes = [_lifetime_size(found, lifetime, index) for index in range(min(LIFETIMES, len(found.drawn)))]
-        span = found.drawn.interval(sizes)
-    best = lifetime.best
-    return (
-        f"With {count_words(lifetime.served)} tokens served over its life: {_with(best.params, span)} parameters on "
-        f"{count_words(best.tokens)} tokens reach the compute-optimal model's loss ({best.loss:.3f}); training takes "
+        laws = bound(found.drawn.laws)
+        served_by = lifetime_optima(laws, flops=found.target_flops, served=served, **spend)
+        span = Interval.of(served_by.params)
+    if unique_tokens is not None:
+        epochs = f" ({best.tokens / unique_tokens:.2g} epochs of {count_words(unique_tokens)})"
+        reached = "the loss of the best model for that corpus"
+    return lifetime, (
+        f"With {count_words(served)} tokens served over its life: {_with(best.params, span)} parameters on "
+        f"{count_words(best.tokens)} tokens{epochs} reach {reached} ({best.loss:.3f}); training takes "
         f"{best.flops:.3g} FLOPs, and training and serving together {lifetime.saved:.1%} fewer than with that model "
         f"({lifetime.flops:.3g} against {lifetime.compute_optimal_flops:.3g})."
     )
-
-
-def _lifetime_size(found: Conclusion, lifetime: Lifetime, index: int) -> float:
-    laws = found.drawn.laws
-    law = type(laws)(**{name: float(getattr(laws, name)[index]) for name in laws.__dataclass_fields__})
-    try:
-        spend = {"flops": found.target_flops, "flops_per_token": found.flops_per_token}
-        return lifetime_optimum(law, served=lifetime.served, **spend).best.params
-    except UserError:
-        return math.nan
 
 
 def _own_experts(runs: tuple[Run, ...]) -> Fit | None:

@@ -21,7 +21,8 @@ from research.scaling.table import ParameterCount, Run
 
 FlopsPerToken = Callable[[Any], Any]  # training FLOPs of a token as a function of params; plain arithmetic
 SMALLEST, LARGEST = 1.0, 1e16  # where an optimum is looked for, params
-COARSE, FINE, ZOOMS = 513, 33, 4  # points of the search: over everything, then four times around the best
+COARSE, FINE, ZOOMS = 129, 33, 4  # points of the search: over everything, then four times around the best
+LIFETIME_REACH = math.log(1e4)  # how far below the compute-optimal size a model that serves is looked for
 FORWARD = 1 / 3  # of a token's training FLOPs: what serving it costs, without its gradient
 
 
@@ -127,6 +128,7 @@ def optima(
     """
     others = {} if unique_tokens is None else {"unique_tokens": float(unique_tokens)}
     flops = np.atleast_1d(np.asarray(flops, float))
+    costs = _on_arrays(flops_per_token)
     with jax.enable_x64(True):
         cost = as_tree(flops_per_token)
         leaves = [np.asarray(value, float) for value in numbers(laws).values()]
@@ -135,7 +137,7 @@ def optima(
         stacked = jax.tree.map(lambda value: np.broadcast_to(np.asarray(value, float), (count,)), laws)
         size = np.asarray(_optima(stacked, flops, cost, others))
         params = np.exp(size)
-        tokens = flops / np.vectorize(flops_per_token, otypes=[float])(params)
+        tokens = flops / costs(params)
     columns = jax.tree.map(lambda value: value[:, None], stacked)
     loss = np.asarray(columns.loss(params=params, tokens=tokens, **others))
     pick = (lambda value: value) if many else (lambda value: value[0])
@@ -145,6 +147,11 @@ def optima(
 def as_tree(flops_per_token: FlopsPerToken) -> Any:
     """A cost that can be handed to a compiled function: a CostModel's numbers, or a function as it is."""
     return flops_per_token if isinstance(flops_per_token, CostModel) else jax.tree_util.Partial(flops_per_token)
+
+
+def _on_arrays(flops_per_token: FlopsPerToken) -> FlopsPerToken:
+    """A study's own function may be of single numbers."""
+    return flops_per_token if isinstance(flops_per_token, CostModel) else np.vectorize(flops_per_token, otypes=[float])
 
 
 @jax.jit
@@ -209,33 +216,57 @@ class Lifetime:
 
 
 def lifetime_optimum(
-    law: Chinchilla, *, flops: float, served: float, flops_per_token: FlopsPerToken = six_per_param
+    law: Any,
+    *,
+    flops: float,
+    served: float,
+    flops_per_token: FlopsPerToken = six_per_param,
+    unique_tokens: float | None = None,
 ) -> Lifetime:
     """The model that reaches the loss of compute-optimal training on ``flops`` with the least training and serving
     (Sardana et al. 2024, section 2): smaller, on more tokens. A served token costs a third of a trained one.
 
-    Raises UserError for a count of tokens that is not positive, or where the law has no optimum.
+    law: of params and tokens, and of unique_tokens where it is data-constrained. Raises UserError for a count of tokens
+    that is not positive, or where the law has no optimum.
     """
     if not (math.isfinite(served) and served > 0):
         raise UserError(f"The tokens served over a model's life must be a positive number; given {served}.")
-    start = optimum(law, flops=flops, flops_per_token=flops_per_token)
+    spend = {"flops_per_token": flops_per_token, "unique_tokens": unique_tokens}
+    start = optimum(law, flops=flops, **spend)
+    found = lifetime_optima(law, flops=flops, served=served, **spend)
+    best = Allocation(*(float(value) for value in (found.flops, found.params, found.tokens, found.loss)))
+    whole = [one.flops + FORWARD * served * float(flops_per_token(one.params)) for one in (best, start)]
+    return Lifetime(start, best, served, *whole)
 
-    def tokens(params: np.ndarray) -> np.ndarray:
-        """With which a model of ``params`` has the loss asked for; infinite where none is enough."""
-        left = start.loss - law.E - law.A * params**-law.alpha
-        return np.where(left > 0, (law.B / np.where(left > 0, left, 1.0)) ** (1 / law.beta), np.inf)
 
-    def life(params: np.ndarray) -> np.ndarray:
-        return np.vectorize(flops_per_token, otypes=[float])(params) * (tokens(params) + FORWARD * served)
+def lifetime_optima(
+    laws: Any,
+    *,
+    flops: float,
+    served: float,
+    flops_per_token: FlopsPerToken = six_per_param,
+    unique_tokens: float | None = None,
+) -> Allocation:
+    """``lifetime_optimum``'s model for one law, or for many whose numbers are arrays [R]; NaN where a law has none."""
+    others = {} if unique_tokens is None else {"unique_tokens": float(unique_tokens)}
+    starts = optima(laws, flops=np.array([flops]), flops_per_token=flops_per_token, unique_tokens=unique_tokens)
+    laws = jax.tree.map(lambda value: np.asarray(value, float)[..., None], laws)
+    cost = _on_arrays(flops_per_token)
 
-    size, width = math.log(start.params), math.log(100.0)
-    for _ in range(8):
-        grid = np.exp(np.linspace(size - width, size + width, 401))
-        size, width = math.log(grid[int(np.argmin(life(grid)))]), width / 40
-    params = np.array([math.exp(size), start.params])
-    (best, at_start), spent = life(params), tokens(params)
-    chosen = Allocation(float(flops_per_token(params[0]) * spent[0]), float(params[0]), float(spent[0]), start.loss)
-    return Lifetime(start, chosen, served, float(best), float(at_start))
+    def spent(size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens of training, FLOPs of the whole life) for log params."""
+        tokens = laws.tokens_to_reach(starts.loss, params=np.exp(size), **others)
+        return tokens, cost(np.exp(size)) * (tokens + FORWARD * served)
+
+    size = most = np.log(starts.params)
+    half = LIFETIME_REACH
+    for points in (COARSE, FINE, FINE, FINE):
+        grid = np.minimum(size + np.linspace(-half, half, points), most)
+        size = np.take_along_axis(grid, np.argmin(spent(grid)[1], axis=-1)[..., None], axis=-1)
+        half *= 2 / (points - 1)
+    params, tokens = np.exp(size), spent(size)[0]
+    found = (cost(params) * tokens, params, tokens, starts.loss)
+    return Allocation(*(np.asarray(values)[..., 0] for values in found))
 
 
 def constrained(law: Chinchilla, *, R_D: float = MUENNIGHOFF.R_D, R_N: float = MUENNIGHOFF.R_N) -> DataConstrained:

@@ -5,6 +5,7 @@ Hoffmann et al. 2022's three approaches side by side (the envelope of training c
 law), the law's intervals by two methods, a held-out extrapolation, corrections, and recommendations.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from research.core.types import UserError
 from research.scaling import allocation, columns, corrections, envelope, intervals, isoflop
-from research.scaling.allocation import CostModel, FlopsPerToken, cost_model
+from research.scaling.allocation import Allocation, CostModel, FlopsPerToken, cost_model
 from research.scaling.corrections import Variant
 from research.scaling.envelope import Curves, Envelope
 from research.scaling.fit import Fit, Points, fit_law, fit_projected
@@ -32,6 +33,7 @@ from research.scaling.recommend import (
 from research.scaling.table import ParameterCount, Run, Table
 
 FEWEST_BUDGETS = 2
+BUDGETS = 30  # of the frontier
 FEW_BUDGETS_NAMED = 8  # remarks on single IsoFLOP curves; more are summed up
 FAR = 8.0  # times the typical residual (median absolute, times 1.4826): a run that far off is named
 FLOPS_VARY = 0.1  # relative error of the cost model, from which on it is no function of size
@@ -54,6 +56,26 @@ class Settings:
     seed_noise: float = 0.0
     form: Form = CHINCHILLA
     correct: bool = True
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The law's optimum against compute, arrays [BUDGETS], and its resamples': [resamples, BUDGETS]; None without."""
+
+    flops: np.ndarray
+    params: np.ndarray
+    tokens: np.ndarray
+    loss: np.ndarray
+    drawn: Allocation | None
+
+    def band(self, what: str) -> tuple[np.ndarray, np.ndarray]:
+        """(low, high) of the 95% interval; the line itself where there is none."""
+        line = getattr(self, what)
+        if self.drawn is None:
+            return line, line
+        spans = [Interval.of(column) for column in getattr(self.drawn, what).T]
+        ends = [(span.low, span.high) if span.closed else (at, at) for span, at in zip(spans, line, strict=True)]
+        return tuple(np.transpose(ends))
 
 
 @dataclass(frozen=True)
@@ -96,6 +118,17 @@ class Conclusion:
     @property
     def largest_flops(self) -> float:
         return max(curve.flops for curve in self.isoflop.curves)
+
+    @functools.cached_property
+    def frontier(self) -> Frontier | None:
+        """From the smallest budget to the target; None where the law has no optimum."""
+        smallest = min(curve.flops for curve in self.isoflop.curves)
+        flops = np.geomspace(smallest, max(self.largest_flops, self.target_flops), BUDGETS)
+        best = allocation.optima(self.fit.law, flops=flops, flops_per_token=self.flops_per_token)
+        if not np.all(np.isfinite(best.params)):
+            return None
+        drawn = self.drawn and self.drawn.optima(flops=flops, flops_per_token=self.flops_per_token)
+        return Frontier(flops, best.params, best.tokens, best.loss, drawn)
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -194,7 +227,7 @@ def _intervals(fit: Fit, drawn: Bootstrap) -> dict[str, Interval]:
     found = drawn.numbers()
     if fit.form == CHINCHILLA:
         slope = drawn.laws.params_in_compute
-        found |= dict(zip(EXPONENTS, (drawn.interval(slope), drawn.interval(1 - slope)), strict=True))
+        found |= dict(zip(EXPONENTS, (Interval.of(slope), Interval.of(1 - slope)), strict=True))
     return found
 
 

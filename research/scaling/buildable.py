@@ -38,17 +38,23 @@ class Family:
     layers: int | None = None
 
     def widths(self, most: int) -> Iterator[int]:
-        """Every width that may be built, up to ``most``."""
+        """Every width that may be built, up to ``most``: its heads divide into the groups of keys and values."""
         width = self.multiples[0][1]
         while width <= most:
-            yield width
+            if self.base.attention.kv_heads == 1 or width // self.head_dim % self.group == 0:
+                yield width
             step = next(multiple for start, multiple in reversed(self.multiples) if width >= start)
             width += step
 
+    @property
+    def group(self) -> int:
+        """Heads that share their keys and values."""
+        return self.base.attention.num_heads // self.base.attention.kv_heads
+
     def model(self, d_model: int, num_layers: int) -> Decoder:
+        """Of a width that ``widths`` has."""
         heads = d_model // self.head_dim
-        group = self.base.attention.num_heads // self.base.attention.kv_heads
-        kv_heads = heads // group if group > 1 and heads % group == 0 else None
+        kv_heads = None if self.group == 1 else 1 if self.base.attention.kv_heads == 1 else heads // self.group
         d_ff = max(self.ff_multiple, self.ff_multiple * round(self.ff_ratio * d_model / self.ff_multiple))
         attention = dataclasses.replace(self.base.attention, num_heads=heads, num_kv_heads=kv_heads, head_dim=None)
         mlp = dataclasses.replace(self.base.mlp, d_ff=d_ff)
@@ -126,7 +132,7 @@ def nearest(family: Family, *, params: float, parameters: ParameterCount = "tota
     if not (math.isfinite(params) and params > 0):
         raise UserError(f"A model's size must be a positive number of parameters; given {params}.")
     best, least, smallest, largest = None, math.inf, math.inf, 0
-    for width in family.widths(int(200 * params**0.5) + 2 * family.multiples[0][1]):
+    for width in family.widths(int(200 * params**0.5) + 2 * family.group * family.multiples[0][1]):
         depths = [family.layers] if family.layers is not None else _depths(family, width)
         for depth in depths:
             model = family.model(width, depth)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from research.core.types import UserError
-from research.scaling.intervals import TAIL, Interval
+from research.scaling.intervals import EXPONENTS, Interval
 from research.scaling.laws import PowerLaw, fit_power_law
 from research.scaling.table import ParameterCount, Run
 
@@ -123,6 +123,4 @@ def _intervals(
         slopes.append([np.polyfit(x, np.log(y[there]), 1)[0] for y in (sizes[best], grid / per_token[best])])
     if not slopes:
         return {}
-    low, high = np.percentile(slopes, [TAIL, 100 - TAIL], axis=0)
-    names = ("params_in_compute", "tokens_in_compute")
-    return {name: Interval(float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
+    return {name: Interval.of(values) for name, values in zip(EXPONENTS, np.transpose(slopes), strict=True)}

@@ -37,6 +37,15 @@ class Interval:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, values: Any) -> "Interval":
+        """Of a quantity with these values in resamples, plain percentiles; a NaN is a resample that does not have it,
+        and where more than one tail's are, the interval has no ends."""
+        values = np.asarray(values, float)
+        if np.isnan(values).mean() > TAIL / 100:
+            return cls(-math.inf, math.inf)
+        return cls(*np.nanpercentile(values, [TAIL, 100 - TAIL]).tolist())
+
     @property
     def closed(self) -> bool:
         return math.isfinite(self.low) and math.isfinite(self.high)
@@ -91,22 +100,13 @@ class Bootstrap:
     def __len__(self) -> int:
         return len(next(iter(numbers(self.laws).values())))
 
-    def interval(self, values: Any) -> Interval:
-        """The interval of a quantity with these values [resamples]; a NaN is a resample that does not have it."""
-        values = np.asarray(values, float)
-        lost = np.isnan(values).mean()
-        if lost > TAIL / 100:  # that many have no such value: the interval has no end on one side or both
-            return Interval(-math.inf, math.inf)
-        low, high = np.nanpercentile(values, [TAIL, 100 - TAIL])
-        return Interval(float(low), float(high))
-
     def numbers(self) -> dict[str, Interval]:
-        return {name: self.interval(values) for name, values in numbers(self.laws).items()}
+        return {name: Interval.of(values) for name, values in numbers(self.laws).items()}
 
     def optimum(self, *, flops: float, flops_per_token: FlopsPerToken, **others: Any) -> dict[str, Interval]:
         """Intervals of the optimal params and tokens of a budget, and of the loss there."""
         found = self.optima(flops=np.array([flops]), flops_per_token=flops_per_token, **others)
-        return {name: self.interval(getattr(found, name)[:, 0]) for name in OPTIMUM}
+        return {name: Interval.of(getattr(found, name)[:, 0]) for name in OPTIMUM}
 
     def optima(self, *, flops: np.ndarray, flops_per_token: FlopsPerToken, **others: Any) -> Allocation:
         """Arrays [resamples, budgets]."""

@@ -167,10 +167,7 @@ class Minima:
 
     def interval(self, index: int, name: str) -> Interval:
         """Of one bracketed curve's params, tokens or loss. Infinite ends where more than a tail has no minimum."""
-        values = self.draws[:, index, MINIMUM.index(name)]
-        if np.isnan(values).mean() > TAIL / 100:
-            return Interval(0.0, math.inf)
-        return Interval(*(float(v) for v in np.exp(np.nanpercentile(values, [TAIL, 100 - TAIL]))))
+        return Interval.of(np.exp(self.draws[:, index, MINIMUM.index(name)]))
 
 
 BAND_POINTS = 100
@@ -203,8 +200,7 @@ def resample(found: IsoFlop, *, resamples: int = 2000, seed: int = 0) -> Minima 
         good = stacked[np.all(np.isfinite(stacked), axis=(1, 2))]
         slopes = np.einsum("rcq,c->rq", good, x) / (x @ x)
         if len(good) >= 0.9 * resamples:
-            low, high = np.percentile(slopes, [TAIL, 100 - TAIL], axis=0)
-            exponents = {n: Interval(float(a), float(b)) for n, a, b in zip(MINIMUM, low, high, strict=True)}
+            exponents = {name: Interval.of(slope) for name, slope in zip(MINIMUM, slopes.T, strict=True)}
     return Minima(stacked, bands, exponents)
 
 

@@ -28,8 +28,10 @@ class Law(Protocol):
 
 
 def law(cls: Cls) -> Cls:
-    """Makes a class a frozen dataclass of numbers that JAX can map over."""
+    """Makes a class a frozen dataclass of numbers that JAX can map over, and that prints as its numbers."""
     cls = dataclass(frozen=True)(cls)
+    if cls.__str__ is object.__str__:
+        cls.__str__ = _in_words
     names = [field.name for field in dataclasses.fields(cls)]
     return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
 
@@ -37,6 +39,11 @@ def law(cls: Cls) -> Cls:
 def numbers(of: Law) -> dict[str, Any]:
     """The law's numbers by name."""
     return {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
+
+
+def _in_words(of: Law) -> str:
+    values = {name: f"{value:.4g}" if np.ndim(value) == 0 else str(value) for name, value in numbers(of).items()}
+    return f"{type(of).__name__}: " + ", ".join(f"{name} = {value}" for name, value in values.items())
 
 
 def _arithmetic(*values: Any) -> Any:
@@ -63,6 +70,12 @@ class Chinchilla:
     def params_in_compute(self) -> Any:
         """a of params ~ C^a on the frontier where FLOPs go as params x tokens (Hoffmann et al. 2022, eq. 4)."""
         return self.beta / (self.alpha + self.beta)
+
+    def tokens_to_reach(self, loss: Any, *, params: Any) -> Any:
+        """Tokens after which a model of ``params`` has the loss; infinite where none are enough."""
+        left = loss - self.E - self.A * params**-self.alpha
+        lib = _arithmetic(left)
+        return lib.where(left > 0, (self.B / lib.where(left > 0, left, 1.0)) ** (1 / self.beta), lib.inf)
 
     def frontier_params(self, tokens: Any) -> Any:
         """The params whose compute-optimal training, at 6 FLOPs per param and token, takes ``tokens``."""
@@ -130,6 +143,19 @@ class DataConstrained:
     def loss(self, *, params: Any, tokens: Any, unique_tokens: Any) -> Any:
         params, tokens = self.effective(params=params, tokens=tokens, unique_tokens=unique_tokens)
         return self.fresh.loss(params=params, tokens=tokens)
+
+    def tokens_to_reach(self, loss: Any, *, params: Any, unique_tokens: Any) -> Any:
+        """Tokens, repeated ones counted, after which a model of ``params`` has the loss; infinite where none are
+        enough. Of models that fewer than all unique tokens suffice for, those beyond the frontier of these tokens are
+        taken at their full worth."""
+        worth, _ = self.effective(params=params, tokens=unique_tokens, unique_tokens=unique_tokens)
+        fresh = self.fresh.tokens_to_reach(loss, params=params)
+        scarce = self.fresh.tokens_to_reach(loss, params=worth)
+        lib = _arithmetic(fresh, scarce)
+        used_up = (scarce / unique_tokens - 1) / self.R_D
+        repetitions = -self.R_D * lib.log1p(-lib.clip(used_up, 0.0, 0.999999999))
+        repeated = lib.where(used_up < 0.999999999, unique_tokens * (1 + repetitions), lib.inf)
+        return lib.where(fresh <= unique_tokens, fresh, repeated)
 
 
 @law

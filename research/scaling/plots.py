@@ -3,13 +3,12 @@
 IsoFLOP curves, the optimum against compute, loss contours, residuals, the held-out test."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from research.scaling import allocation, canvas
-from research.scaling.allocation import Allocation
 from research.scaling.analysis import Conclusion
 from research.scaling.canvas import BEYOND, BLACK, BLUE, GREEN, GREY, MARKERS, ORANGE, SKY, VERMILION, point
 from research.scaling.isoflop import BAND_POINTS, by_budget
@@ -19,7 +18,6 @@ from research.scaling.table import ParameterCount, Run
 
 MINIMUM = {"color": VERMILION, "markerfacecolor": "none", "markeredgewidth": 1.6}  # hollow: it may lie upon a run
 MOST_NAMED = 10  # budgets in a legend
-BUDGETS = 40  # along an axis of compute
 CELLS = 90  # of a contour plot, each way
 BAND = {"alpha": 0.18, "linewidth": 0}
 
@@ -64,18 +62,18 @@ def loss_against_compute(axes: Any, found: Conclusion) -> None:
             axes.plot(*zip(*line, strict=True), color=colour, linewidth=0.9, alpha=0.6)
         style = {"color": colour, "markersize": 5, "markeredgecolor": "white", "zorder": 3}
         point(axes, run.flops, run.loss, "o", says=says(run, parameters), **style)
-    budgets, frontier, (below, above) = _frontier(found, "loss")
-    if len(budgets):
-        axes.fill_between(budgets, below, above, color=BLACK, **BAND)
-        axes.plot(budgets, frontier, "--", color=BLACK, linewidth=1.4, label="law at its best size, 95%")
+    best = found.frontier
+    if best is not None:
+        axes.fill_between(best.flops, *best.band("loss"), color=BLACK, **BAND)
+        axes.plot(best.flops, best.loss, "--", color=BLACK, linewidth=1.4, label="law at its best size, 95%")
     if found.envelope is not None:
         line = found.envelope
         axes.plot(line.flops, line.loss, ":", color=VERMILION, linewidth=2.2, label="envelope of the training curves")
     axes.set_xscale("log")
     largest = max(run.flops for run in runs)
-    right = max([largest * 1.5, *budgets[-1:]])
+    right = max([largest * 1.5, *(best.flops[-1:] if best is not None else [])])
     axes.set_xlim(min(run.flops for run in runs) / 8, right)
-    canvas.log_loss(axes, [run.loss for run in runs] + list(frontier))
+    canvas.log_loss(axes, [run.loss for run in runs] + ([*best.loss] if best is not None else []))
     axes.set(xlabel="training compute (FLOPs)", ylabel="loss (nats per token)")
     axes.set_title("Loss against compute: held out at the end (dots)" + (", training (lines)" if found.curves else ""))
     if axes.get_legend_handles_labels()[1]:
@@ -124,14 +122,16 @@ def isoflop_curves(axes: Any, found: Conclusion) -> None:
 def optimal(axes: Any, found: Conclusion, what: str) -> None:
     """Compute-optimal params or tokens against compute: the law with its interval, the IsoFLOP minima with theirs and
     their power law, the envelope, and the literature's lines."""
-    budgets, best, (below, above) = _frontier(found, what)
+    best = found.frontier
     flops = [curve.flops for curve in found.isoflop.curves]
-    grid = np.geomspace(min(flops), max(max(flops) * 1.5, found.target_flops), BUDGETS)
-    values: list[float] = [*best]
-    if len(budgets):
-        slope = math.log(best[-1] / best[0]) / math.log(budgets[-1] / budgets[0])
-        axes.fill_between(budgets, below, above, color=BLACK, **BAND)
-        axes.plot(budgets, best, "--", color=BLACK, linewidth=1.5, label=f"law, 95%: compute$^{{{slope:.2f}}}$")
+    grid = np.geomspace(min(flops), max(max(flops) * 1.5, found.target_flops), 40)
+    values: list[float] = []
+    if best is not None:
+        line = getattr(best, what)
+        values += [*line]
+        slope = math.log(line[-1] / line[0]) / math.log(best.flops[-1] / best.flops[0])
+        axes.fill_between(best.flops, *best.band(what), color=BLACK, **BAND)
+        axes.plot(best.flops, line, "--", color=BLACK, linewidth=1.5, label=f"law, 95%: compute$^{{{slope:.2f}}}$")
     power = getattr(found.isoflop, f"{what}_law")
     if power is not None:
         line = power(grid)
@@ -197,7 +197,7 @@ def contours(axes: Any, found: Conclusion) -> None:
     for run in found.runs:
         style = {"color": BLACK, "markersize": 3.6, "markerfacecolor": "white", "markeredgewidth": 0.9}
         point(axes, run.count(parameters), run.tokens, "o", says=says(run, parameters), **style)
-    best = _optima(found)
+    best = found.frontier
     if best is not None:
         axes.plot(best.params, best.tokens, "-", color=VERMILION, linewidth=2, label="efficient frontier")
         axes.legend(loc="upper left", framealpha=0.8, frameon=True)
@@ -282,29 +282,6 @@ def law_against_runs(axes: Any, found: Conclusion) -> None:
         )
         axes.text(0.97, 0.05, text, transform=axes.transAxes, ha="right", va="bottom", fontsize=12)
     axes.legend(loc="upper left")
-
-
-def _optima(found: Conclusion) -> Allocation | None:
-    """The law's optimum from the smallest budget to the target; None where it has none."""
-    flops = [curve.flops for curve in found.isoflop.curves]
-    grid = np.geomspace(min(flops), max(max(flops), found.target_flops), BUDGETS)
-    best = allocation.optima(found.fit.law, flops=grid, flops_per_token=found.flops_per_token)
-    return best if np.all(np.isfinite(best.params)) else None
-
-
-def _frontier(found: Conclusion, what: str) -> tuple[np.ndarray, np.ndarray, tuple[Sequence[float], Sequence[float]]]:
-    """(budgets, the law's optimum, its 95% interval); empty where the law has no optimum."""
-    best = _optima(found)
-    if best is None:
-        return np.array([]), np.array([]), ([], [])
-    line = getattr(best, what)
-    if found.drawn is None:
-        return best.flops, line, (line, line)
-    drawn = found.drawn.optima(flops=best.flops, flops_per_token=found.flops_per_token)
-    spans = [found.drawn.interval(column) for column in getattr(drawn, what).T]
-    low, high = ([getattr(span, end) for span in spans] for end in ("low", "high"))
-    clear = [math.isfinite(a) and math.isfinite(b) for a, b in zip(low, high, strict=True)]
-    return best.flops, line, tuple(np.where(clear, side, line) for side in (low, high))
 
 
 def _name(what: str, parameters: ParameterCount) -> str:

@@ -17,7 +17,7 @@ from research.core.types import UserError
 from research.scaling.allocation import FlopsPerToken, optimum
 from research.scaling.fit import Fit, Points, fit_law
 from research.scaling.forms import CHINCHILLA, Form
-from research.scaling.intervals import LEVEL, OPTIMUM, TAIL, Bootstrap, Interval
+from research.scaling.intervals import LEVEL, OPTIMUM, Bootstrap, Interval
 from research.scaling.isoflop import IsoFlop, Minima, by_budget
 from research.scaling.table import ParameterCount, Run
 
@@ -193,7 +193,7 @@ def _isoflop_intervals(
     solve = np.linalg.pinv(np.stack([np.ones_like(x), x], axis=1))
     there = np.einsum("kc,rcq->rkq", solve, good)
     at = np.exp(there[:, 0] + there[:, 1] * math.log(flops))  # [resamples, (params, tokens, loss)]
-    params, _, loss = (Interval(*np.percentile(column, [TAIL, 100 - TAIL]).tolist()) for column in at.T)
+    params, _, loss = (Interval.of(column) for column in at.T)
     ends = [float(flops / flops_per_token(end)) for end in (params.high, params.low)]
     return {"params": params, "tokens": Interval(*ends), "loss": loss}
 

@@ -179,15 +179,22 @@ def _rules(found: Sequence[Best], variables: Mapping[str, Sequence[float]]) -> d
     for index, name in enumerate(("learning_rate", "batch_tokens")):
         values = np.log([getattr(b, name) for b in found])
         numbers = solve @ values
-        draws = np.stack([b.draws[:, index] for b in found], axis=1)
-        draws = np.where(np.isfinite(draws), draws, np.nanmedian(draws, axis=0)) @ solve.T
-        low, high = np.percentile(draws, [2.5, 97.5], axis=0)
-        spans = [Interval(*np.exp([low[0], high[0]]).tolist())]
-        spans += [Interval(float(a), float(b)) for a, b in zip(low[1:], high[1:], strict=True)]
+        draws = _resampled(columns, np.stack([b.draws[:, index] for b in found], axis=1))
+        first, *others = (Interval.of(column) for column in draws.T)
+        spans = [Interval(math.exp(first.low), math.exp(first.high)) if first.closed else first, *others]
         names = ("coefficient", *variables)
         exponents = dict(zip(variables, numbers[1:].tolist(), strict=True))
         rules[name] = Rule(float(np.exp(numbers[0])), exponents, dict(zip(names, spans, strict=True)))
     return rules
+
+
+def _resampled(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The rule of each resample, [RESAMPLES, numbers], by least squares over the optima that it has; NaN where these
+    are too few."""
+    there = np.isfinite(values)
+    used = np.where(there[..., None], columns, 0.0)
+    rules = np.einsum("rkc,rc->rk", np.linalg.pinv(used), np.where(there, values, 0.0))
+    return np.where((np.linalg.matrix_rank(used) == columns.shape[1])[:, None], rules, np.nan)
 
 
 def _cell(best: Best) -> str:

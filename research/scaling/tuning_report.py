@@ -12,6 +12,7 @@ import numpy as np
 from research.core.files import write_atomically
 from research.scaling import canvas, page
 from research.scaling.canvas import BLACK, BLUE, GREY, VERMILION, point
+from research.scaling.intervals import Interval
 from research.scaling.laws import DEEPSEEK_BATCH_TOKENS, DEEPSEEK_LEARNING_RATE
 from research.scaling.table import Table, write_csv
 from research.scaling.tuning import Best, Tuning, tune
@@ -86,8 +87,9 @@ def rule(axes: Any, found: Tuning, name: str) -> None:
     for best in found.found:
         told = f"{best.params:,} parameters, {best.tokens:,.0f} tokens: {getattr(best, name):.4g}"
         index = ("learning_rate", "batch_tokens").index(name)
-        low, high = np.exp(np.nanpercentile(best.draws[:, index], [2.5, 97.5]))
-        axes.plot([best.flops] * 2, [low, high], "-", color=GREY, linewidth=1)
+        span = Interval.of(np.exp(best.draws[:, index]))
+        if span.closed:
+            axes.plot([best.flops] * 2, [span.low, span.high], "-", color=GREY, linewidth=1)
         point(axes, best.flops, getattr(best, name), "o", says=told, color=BLACK, markersize=6)
     grid = np.geomspace(min(b.flops for b in found.best) / 1.5, max(b.flops for b in found.best) * 15, 30)
     line = found.by_compute[name]

@@ -75,7 +75,7 @@ def test_from_a_study_model_and_length_are_as_planned_and_all_else_stays(like, t
     assert found == replace(base, name="big-1", model=model, length=Flops(3e10))
     assert found.flops == pytest.approx(3e10, rel=0.01) and found.seed == 5
     assert path.read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n")
-    assert all(len(line) <= 120 for line in path.read_text().splitlines() if "run_path(" not in line)
+    assert all(len(line) <= 120 for line in path.read_text().splitlines() if "load_module(" not in line)
 
 
 def test_the_study_s_adjust_has_the_last_word(like, tmp_path):
@@ -94,7 +94,7 @@ def test_the_function_that_was_named_is_the_one_that_goes_on(like, tmp_path):
 def test_a_study_in_the_current_folder_is_named_from_there(like, tmp_path):
     own = like(inside=True)
     path = write(tmp_path / "more.py", [Planned("a", wider(own), 3e10, 1e5)], like=own, words=WORDS)
-    assert 'run_path("own study.py")' in path.read_text() and str(tmp_path) not in path.read_text()
+    assert 'load_module(Path("own study.py"))' in path.read_text() and str(tmp_path) not in path.read_text()
     assert study.load(str(path)).experiments["a"].model == wider(own)
 
 

@@ -25,8 +25,8 @@ def test_the_model_to_build_is_the_one_asked_for(found):
     served = advise(found, served=1e9, unique_tokens=found.from_law.tokens / 20)
     assert served.params == served.lifetime.best.params < plain.params and served.train_flops > plain.train_flops
     assert all("(95%: " in sentence for sentence in served.sentences[:2])
-    assert any("times the unique ones" in sentence for sentence in served.sentences)
-    assert not any("times the unique ones" in sentence for sentence in advise(found, served=1e9).sentences)
+    assert "epochs of" in served.sentences[1] and "epochs of" not in advise(found, served=1e9).sentences[0]
+    assert served.lifetime.compute_optimal == scarce.scarce
     with pytest.raises(UserError, match="unique tokens must be a positive number"):
         advise(found, unique_tokens=0)
 

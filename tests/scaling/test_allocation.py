@@ -2,6 +2,8 @@
 """Spending a budget: the search against the closed form, costs that are not 6 FLOPs per parameter, serving, scarce
 data."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from research.scaling import allocation
 from research.scaling.allocation import (
     closed_form_optimum,
     constrained,
+    lifetime_optima,
     lifetime_optimum,
     optima,
     optimum,
@@ -116,3 +119,34 @@ def test_scarce_tokens_call_for_a_smaller_model_and_some_epochs():
     for factor in (0.9, 1.1):
         params = scarce.params * factor
         assert law.loss(params=params, tokens=1e21 / (6 * params), unique_tokens=2e9) >= scarce.loss
+
+
+def test_a_model_that_serves_is_chosen_for_the_corpus_there_is():
+    law, unique = constrained(HOFFMANN), 4e9
+    found = lifetime_optimum(law, flops=1e21, served=1e12, unique_tokens=unique)
+    start, best = found.compute_optimal, found.best
+    assert start.tokens > unique and best.params < start.params and best.tokens > start.tokens
+    assert law.loss(params=best.params, tokens=best.tokens, unique_tokens=unique) == pytest.approx(start.loss, rel=1e-9)
+    fresh = lifetime_optimum(HOFFMANN, flops=1e21, served=1e12)
+    assert start.loss > fresh.best.loss  # as good as this corpus allows, not as all new tokens would
+    for factor in (0.97, 1.03):  # no other size of the same loss costs less
+        tokens = law.tokens_to_reach(start.loss, params=best.params * factor, unique_tokens=unique)
+        assert 6 * best.params * factor * (tokens + 1e12 / 3) > found.flops
+    plenty = lifetime_optimum(law, flops=1e21, served=1e12, unique_tokens=1e15)
+    assert plenty.best.params == pytest.approx(fresh.best.params, rel=1e-3)
+
+
+def test_tokens_to_reach_a_loss_are_infinite_where_none_are_enough():
+    assert HOFFMANN.tokens_to_reach(1.7, params=1e9) == math.inf
+    law = constrained(HOFFMANN)
+    assert law.tokens_to_reach(2.2, params=1e9, unique_tokens=1e8) == math.inf
+    few = law.tokens_to_reach(3.0, params=1e9, unique_tokens=1e12)
+    assert few == pytest.approx(HOFFMANN.tokens_to_reach(3.0, params=1e9)) and few < 1e12
+
+
+def test_many_laws_serve_as_each_alone():
+    many = Chinchilla(E=np.full(2, 1.7), A=np.array([300.0, 400]), B=np.full(2, 410), alpha=np.full(2, 0.34), beta=0.28)
+    found = lifetime_optima(many, flops=1e20, served=1e11)
+    for row, A in enumerate((300.0, 400.0)):
+        alone = lifetime_optimum(Chinchilla(E=1.7, A=A, B=410, alpha=0.34, beta=0.28), flops=1e20, served=1e11)
+        assert found.params[row] == pytest.approx(alone.best.params, rel=1e-9)

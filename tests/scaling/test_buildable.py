@@ -94,6 +94,15 @@ def test_a_family_with_depth_and_shared_heads_is_found():
         assert again.attention.kv_heads == model.attention.kv_heads and again.head == "tied"
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_heads_share_keys_and_values_at_every_size_as_in_the_base(kv_heads):
+    base = Decoder(512, 64, 2, Attention(num_heads=8, num_kv_heads=kv_heads), Mlp(d_ff=168))
+    family = replace(buildable.small(), base=base)
+    for params in np.geomspace(3e4, 1e6, 20):
+        attention = buildable.nearest(family, params=params).attention
+        assert attention.kv_heads == (1 if kv_heads == 1 else attention.num_heads // 4)
+
+
 def test_experts_have_no_family():
     routed = Decoder(512, 64, 2, Attention(num_heads=8), Moe(num_experts=4, d_ff=64))
     with pytest.raises(UserError, match="models have experts.*name one with --family"):

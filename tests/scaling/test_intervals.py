@@ -11,7 +11,7 @@ from research.core.types import UserError
 from research.scaling import forms, intervals, laws
 from research.scaling.allocation import as_tree, six_per_param
 from research.scaling.fit import Points, fit_law
-from research.scaling.intervals import OPTIMUM, Bootstrap, Interval, bootstrap, draws, profile
+from research.scaling.intervals import OPTIMUM, Interval, bootstrap, draws, profile
 
 BUDGET = {"flops": 1e21, "cost": as_tree(six_per_param), "others": {}}
 
@@ -51,7 +51,7 @@ def test_optimum_of_resampled_laws(published, chinchilla_points):
     found = published.optimum(flops=5.76e23, flops_per_token=six_per_param)
     assert found["params"].holds(73.2e9) and found["tokens"].holds(1.31e12) and found["loss"].holds(1.974)
     assert found["params"].high / found["params"].low < 4
-    slopes = published.interval(published.laws.params_in_compute)
+    slopes = Interval.of(published.laws.params_in_compute)
     assert slopes.holds(0.3672 / (0.3473 + 0.3672)) and slopes.high - slopes.low < 0.08
 
 
@@ -128,8 +128,7 @@ def test_draws_hold_enough_to_fit(make_study):
 
 
 def test_a_quantity_that_many_draws_lack_has_no_interval():
-    drawn = Bootstrap(laws.Chinchilla(*np.ones((5, 100))))
     values = np.linspace(1, 2, 100)
-    assert drawn.interval(values).closed
+    assert Interval.of(values).closed
     values[:10] = np.nan
-    assert not drawn.interval(values).closed and Interval(1.0, math.inf).holds(5.0)
+    assert not Interval.of(values).closed and Interval(1.0, math.inf).holds(5.0)

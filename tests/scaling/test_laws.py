@@ -103,3 +103,10 @@ def test_power_law_recovered_and_refused():
         fit_power_law([1.0, 1.0], y=[2.0, 3.0])
     with pytest.raises(UserError, match="positive"):
         fit_power_law([1.0, 2.0], y=[-2.0, 3.0])
+
+
+def test_a_law_prints_as_its_numbers():
+    assert str(laws.HOFFMANN) == "loss = 1.69 + 406.4 / params^0.34 + 410.7 / tokens^0.28"
+    kaplan = laws.Kaplan(N_c=8.8e13, D_c=5.4e13, alpha_N=0.076, alpha_D=0.095)
+    assert str(kaplan) == "Kaplan: N_c = 8.8e+13, D_c = 5.4e+13, alpha_N = 0.076, alpha_D = 0.095"
+    assert "N_c = [1. 1.]" in str(laws.Kaplan(N_c=np.ones(2), D_c=1.0, alpha_N=0.1, alpha_D=0.1))
