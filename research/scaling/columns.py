@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from research.core.types import UserError
 from research.scaling.table import REQUIRED, STATUSES, Run, Table, read_csv
 
@@ -54,10 +56,16 @@ def read(path: Path | str, *, columns: Mapping[str, str | None] | None = None, d
     twice = next((name for name in header if name and header.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{path} has two columns named {twice!r}: give every column a name of its own.")
-    if not given and set(REQUIRED) <= set(header):
+    own = set(REQUIRED) <= set(header)
+    if own and all(key == name for key, name in given.items()):
         table, notes = read_csv(path), []
     else:
         found, doubts = _columns(header, given, path)
+        if own:
+            doubts.append(
+                "The table is of this project, but columns were named: what others say (experts, tokenizer, schedule, "
+                "parameters outside embeddings) is not read."
+            )
         table, notes = _table(rows, header, found, path)
         notes = [*doubts, *notes]
     table, dropped = without_highest(table, drop_highest)
@@ -121,6 +129,7 @@ def _table(
 ) -> tuple[Table, list[str]]:
     runs, notes, units, names = [], [], 0, set()
     strange: list[str] = []
+    renamed: list[int] = []
     for line, cells in rows:
         row = dict(zip(header, cells, strict=False))
         values, with_unit, problem = _values(row, columns)
@@ -132,7 +141,9 @@ def _table(
             continue
         units += with_unit
         name = (row.get(columns.get("name", "")) or "").strip() or f"line-{line}"
-        name = name if name not in names else f"{name} (line {line})"
+        if name in names:
+            renamed.append(line)
+            name = f"{name} (line {line})"
         names.add(name)
         word = (row.get(columns.get("status", "")) or "").strip()
         status = "finished" if word.lower() in FINISHED else word.lower()
@@ -151,6 +162,8 @@ def _table(
     third = next((key for key in ("flops", "tokens", "params") if key not in columns), None)
     if third is not None:
         notes.append(f"There is no column of {third}: they follow from FLOPs = 6 params tokens.")
+    if renamed:
+        notes.append(f"Rows with a name that another has are told apart by their lines: there are {len(renamed)}.")
     if units:
         notes.append(f"Cells with units were read with them, 70B as 7e10: there are {units}.")
     notes += [f"Left out: {problem}." for problem in strange[:NAMED]]
@@ -223,12 +236,13 @@ def clean(table: Table) -> tuple[Table, tuple[str, ...]]:
             seen[key] = run.name
         runs.append(run)
     good = [run for run in runs if run.problem is None]
+    params, tokens, losses = (np.array([getattr(run, n) for run in good], float) for n in ("params", "tokens", "loss"))
     for index, run in enumerate(runs):
         if run.problem is not None:
             continue
-        less = [o for o in good if o.params <= run.params and o.tokens <= run.tokens and o.name != run.name]
-        better = min(less, key=lambda o: o.loss, default=None)
-        if better is not None and run.loss > better.loss * (1 + WORSE):
+        less = (params <= run.params) & (tokens <= run.tokens)  # the run itself among them
+        better = good[int(np.argmin(np.where(less, losses, np.inf)))]
+        if run.loss > better.loss * (1 + WORSE):
             runs[index] = replace(run, status="diverged")
             notes.append(
                 f"{run.name} is taken to have diverged: its loss {run.loss:.4g} is "

@@ -112,6 +112,7 @@ def test_a_table_of_this_project_is_read_whole(make_study, tmp_path):
 def test_a_byte_order_mark_and_names_that_repeat(write):
     found = columns.read(write("name,params,tokens,loss\na,1e8,2e9,3.0\na,2e8,2e9,2.9\n", encoding="utf-8-sig"))
     assert [run.name for run in found.table] == ["a", "a (line 3)"]
+    assert any("told apart by their lines: there are 1" in note for note in found.notes)
     nameless = columns.read(write("params,tokens,loss\n1e8,2e9,3.0\n\n2e8,2e9,2.9\n"))
     assert [run.name for run in nameless.table] == ["line-2", "line-4"]  # as an editor numbers them
 
@@ -252,3 +253,13 @@ def test_a_little_worse_or_a_larger_run_has_not_diverged():
     worse = replace(small, name="worse", params=2 * 10**8, loss=3.2)
     fewer = replace(small, name="fewer tokens", tokens=10**8, loss=4.0)
     assert columns.clean(Table((small, worse, fewer)))[1] == ()
+
+
+def test_a_table_of_this_project_says_what_is_lost_where_columns_are_named(tmp_path, make_study):
+    table = make_study()
+    write_csv(table, tmp_path / "table.csv")
+    whole = columns.read(tmp_path / "table.csv", columns={"loss": "loss"})
+    assert list(whole.table) == list(table) and not any("is not read" in note for note in whole.notes)
+    part = columns.read(tmp_path / "table.csv", columns={"params": "non_embedding_params"})
+    assert any("is not read" in note for note in part.notes)
+    assert [r.params for r in part.table] == [r.non_embedding_params for r in table]
