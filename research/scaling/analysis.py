@@ -162,7 +162,7 @@ def analyse(table: Table, *, settings: Settings | None = None, curves: Curves | 
     from_law = attempt(lambda: recommend(fit.law, **spend, drawn=drawn), remarks)
     from_isoflop = attempt(lambda: recommend_from_isoflop(found, **spend, minima=minima), remarks)
     profiles = _profiles(fit, target, cost) if settings.resamples else {}
-    remarks += [f"{name} is not identified: no value of it is bad enough on one side." for name in _open(profiles)]
+    remarks += _second_opinion(profiles, fit)
     variants, said = corrections.compare(runs, delta=settings.delta) if settings.correct else ((), ())
     return Conclusion(
         settings=settings,
@@ -240,8 +240,20 @@ def _profiles(fit: Fit, target: float, cost: FlopsPerToken) -> dict[str, Interva
     return intervals.profile(fit, measure=measure, names=names, at=at)
 
 
-def _open(profiles: Mapping[str, Interval]) -> list[str]:
-    return [name for name, interval in profiles.items() if not interval.closed]
+def _second_opinion(profiles: Mapping[str, Interval], fit: Fit) -> list[str]:
+    """What is open in the profiles, and which of the law's numbers they do not hold."""
+    said = [
+        f"{name} is not identified: no value of it is bad enough on one side."
+        for name, interval in profiles.items()
+        if not interval.closed
+    ]
+    outside = [name for name, value in numbers(fit.law).items() if name in profiles and not profiles[name].holds(value)]
+    if outside:
+        said.append(
+            f"The profile's intervals do not hold the fitted {', '.join(outside)}: they are of least squares, which "
+            "runs far off the law move more than the fit's Huber loss; go by the bootstrap, and look at those runs."
+        )
+    return said
 
 
 def _excluded(table: Table, cleaned: Table) -> dict[str, str]:

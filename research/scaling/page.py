@@ -145,6 +145,8 @@ def _law(record: Mapping[str, Any]) -> str:
     projected = record["variable_projection"]
     text = f'<h2>The law</h2><p class="law">{_text(record["law"]["form"])}</p>{intervals}{at if optimum else ""}'
     text += f"<p>The bootstrap drew {record['resamples']:,} times from the runs.</p>" if record["resamples"] else ""
+    if record["profile_intervals_95"]:
+        text += "<p>The profile takes errors of log loss as normal: its middle is the fit of least squares.</p>"
     if projected:
         others = ", ".join(f"{name} {_number(value)}" for name, value in projected["law"].items())
         text += f"<p>Variable projection, a fit of relative errors by least squares: {_text(others)}.</p>"
