@@ -10,13 +10,17 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from research.core.types import UserError
 from research.scaling.allocation import FlopsPerToken, cost_model, optimum
 from research.scaling.fit import Fit, Points, fit_law
+from research.scaling.intervals import TAIL, Bootstrap, Interval, bootstrap
 from research.scaling.isoflop import by_budget
 from research.scaling.laws import Chinchilla
 from research.scaling.table import Run
 
+RESAMPLES = 1000
 FARTHEST = 1e4  # times the run's own compute: beyond it no equal dense compute is looked for
 
 
@@ -26,13 +30,15 @@ class Worth:
 
     dense_loss: the law's, for a dense model of the run's active parameters on its tokens, nats per token.
     dense_params: those of a dense model with the run's loss on its tokens. dense_flops: the least training compute
-    with which dense models reach the run's loss.
+    with which dense models reach the run's loss. times_interval: 95% of ``times``, from laws of resampled dense runs,
+    infinite where by some of them no dense model is as good; None where the runs are too few to draw from.
     """
 
     run: Run
     dense_loss: float
     dense_params: float | None
     dense_flops: float | None
+    times_interval: Interval | None = None
 
     @property
     def times(self) -> float | None:
@@ -89,9 +95,10 @@ class Comparison:
 
 def _sentence(rung: Rung, found: Worth) -> str:
     run, dense = found.run, rung.best[0]
+    times = f"{found.times or 0:.2f} times{_told(found.times_interval)}"
     size = (
-        f"worth a dense model of {found.dense_params:,.0f} parameters on the same tokens, {found.times:.2f} times its "
-        f"{run.active:,} active ones"
+        f"worth a dense model of {found.dense_params:,.0f} parameters on the same tokens, {times} its {run.active:,} "
+        "active ones"
         if found.dense_params is not None
         else "below what the dense law gives a model of any size on the same tokens"
     )
@@ -104,6 +111,12 @@ def _sentence(rung: Rung, found: Worth) -> str:
         f"{abs(gain):.4f} {'below' if gain > 0 else 'above'} the best dense one ({dense.name}, {dense.loss:.4f}). "
         f"It is {size}{compute}."
     )
+
+
+def _told(span: Interval | None) -> str:
+    if span is None:
+        return ""
+    return f" (95%: {span.low:.2f} to {span.high:.2f})" if span.closed else f" (95%: at least {span.low:.2f})"
 
 
 def compare(runs: Iterable[Run]) -> Comparison:
@@ -121,9 +134,9 @@ def compare(runs: Iterable[Run]) -> Comparison:
     last = rungs[-1].best
     if 0 not in last or len(last) < 2:
         raise UserError(f"At {rungs[-1].flops:.3g} FLOPs only {_named(last)} have finished: run the others too.")
-    return Comparison(
-        fit, tuple(dense), cost, tuple(worth(run, law=fit.law, flops_per_token=cost) for run in experts), rungs
-    )
+    drawn = bootstrap(fit, resamples=RESAMPLES)
+    found = tuple(worth(run, law=fit.law, flops_per_token=cost, drawn=drawn) for run in experts)
+    return Comparison(fit, tuple(dense), cost, found, rungs)
 
 
 def _rung(group: Sequence[Run]) -> Rung:
@@ -140,9 +153,14 @@ def kind_name(experts: int) -> str:
     return f"{experts} experts" if experts else "dense"
 
 
-def worth(run: Run, *, law: Chinchilla, flops_per_token: FlopsPerToken) -> Worth:
-    """One run's loss, read on a law of dense models."""
+def worth(run: Run, *, law: Chinchilla, flops_per_token: FlopsPerToken, drawn: Bootstrap | None = None) -> Worth:
+    """One run's loss, read on a law of dense models, and on those of its resamples."""
+    span = None
+    if drawn is not None:
+        times = _dense_sizes(drawn.laws, loss=run.loss, tokens=run.tokens) / run.active
+        span = Interval(*np.percentile(times, [TAIL, 100 - TAIL], method="nearest").tolist())  # some may be infinite
     return Worth(
+        times_interval=span,
         run=run,
         dense_loss=float(law.loss(params=run.active, tokens=run.tokens)),
         dense_params=dense_size(law, loss=run.loss, tokens=run.tokens),
@@ -152,8 +170,14 @@ def worth(run: Run, *, law: Chinchilla, flops_per_token: FlopsPerToken) -> Worth
 
 def dense_size(law: Chinchilla, *, loss: float, tokens: float) -> float | None:
     """Parameters with which the law gives ``loss`` on ``tokens``; None where no size does."""
-    left = loss - law.E - law.B / tokens**law.beta
-    return (law.A / left) ** (1 / law.alpha) if left > 0 else None
+    size = float(_dense_sizes(law, loss=loss, tokens=tokens))
+    return None if math.isinf(size) else size
+
+
+def _dense_sizes(laws: Chinchilla, *, loss: float, tokens: float) -> np.ndarray:
+    """For laws of arrays; infinite where no size does."""
+    left = np.asarray(loss - laws.E - laws.B * tokens**-laws.beta)
+    return np.where(left > 0, (laws.A / np.where(left > 0, left, 1.0)) ** (1 / laws.alpha), np.inf)
 
 
 def dense_compute(law: Chinchilla, *, loss: float, flops: float, flops_per_token: FlopsPerToken) -> float | None:

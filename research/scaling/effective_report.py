@@ -54,10 +54,11 @@ def write_effective(table: Table, out: Path, *, title: str, notes: Sequence[str]
     for kind, data in picture.items():
         write_atomically(out / f"moe_scaling.{kind}", data)
     write_atomically(out / "effective.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
-    write_atomically(out / "report.html", page.effective_html(record, picture["svg"]))
+    write_atomically(out / "report.html", page.effective_html(record, picture["svg"].decode()))
     return found
 
 
 def _plain(worth: Worth) -> dict:
     numbers = {name: getattr(worth, name) for name in ("dense_loss", "dense_params", "times", "dense_flops")}
-    return dataclasses.asdict(worth.run) | numbers | {"times_flops": worth.times_flops}
+    span = worth.times_interval and dataclasses.asdict(worth.times_interval)
+    return dataclasses.asdict(worth.run) | numbers | {"times_flops": worth.times_flops, "times_interval_95": span}

@@ -50,40 +50,58 @@ def html(record: Mapping[str, Any], table: Table, pictures: Mapping[str, str]) -
     return _document(record["title"], sections)
 
 
-def effective_html(record: Mapping[str, Any], picture: bytes) -> str:
-    """The page of a study of experts, from what effective.json holds; ``picture`` is an SVG."""
-    rows = [
-        (
-            run["name"],
-            *(_number(run[name]) for name in ("flops", "params", "active_params", "tokens", "loss", "dense_loss")),
-            _number(run["dense_params"] and round(run["dense_params"])) or "none",
-            _number(run["times"]),
-            _number(run["dense_flops"]) or "none",
-            _number(run["times_flops"]),
-        )
-        for run in record["worth"]
-    ]
-    names = ("run", "FLOPs", "params", "active params", "tokens", "loss", "dense loss", "effective dense size", "times")
-    words = "".join(f"<p>{_text(sentence)}</p>" for sentence in record["sentences"])
-    meaning = "".join(f"<p>{_text(sentence)}</p>" for sentence in record["meaning"].values())
+def words_html(record: Mapping[str, Any], picture: str, *parts: str) -> str:
+    """A page of what a record says, with its picture (an SVG) and further parts in HTML."""
     sections = [
         *(f"<p>{_text(note)}</p>" for note in record["notes"]),
-        f"<h2>What it says</h2>{words}",
-        f"<div>{picture.decode()}</div>",
-        "<h2>Effective dense size</h2>" + meaning,
-        f'<div class="scroll">{_table((*names, "dense FLOPs", "times"), rows)}</div>',
-        "<h2>Dense runs</h2>",
-        _table(
-            ("run", "FLOPs", "params", "tokens", "loss"),
-            [[_number(run[name]) for name in ("name", "flops", "params", "tokens", "loss")] for run in record["dense"]],
-        ),
+        "<h2>What it says</h2>" + "".join(f"<p>{_text(sentence)}</p>" for sentence in record["sentences"]),
+        f"<div>{picture}</div>",
+        *parts,
         _left_out(record["excluded"]),
     ]
     return _document(record["title"], sections)
 
 
+def effective_html(record: Mapping[str, Any], picture: str) -> str:
+    """The page of a study of experts, from what effective.json holds."""
+    rows = [
+        (
+            run["name"],
+            *(_number(run[name]) for name in ("flops", "params", "active_params", "tokens", "loss", "dense_loss")),
+            _number(run["dense_params"] and round(run["dense_params"])) or "none",
+            f"{_number(run['times'])} ({_span(run['times_interval_95']) or 'no interval'})",
+            _number(run["dense_flops"]) or "none",
+            _number(run["times_flops"]),
+        )
+        for run in record["worth"]
+    ]
+    names = (
+        "run",
+        "FLOPs",
+        "params",
+        "active params",
+        "tokens",
+        "loss",
+        "dense loss",
+        "effective dense size",
+        "times (95%)",
+    )
+    meaning = "".join(f"<p>{_text(sentence)}</p>" for sentence in record["meaning"].values())
+    worth = _table((*names, "dense FLOPs", "times"), rows)
+    dense = _table(
+        ("run", "FLOPs", "params", "tokens", "loss"),
+        [[_number(run[name]) for name in ("name", "flops", "params", "tokens", "loss")] for run in record["dense"]],
+    )
+    return words_html(
+        record,
+        picture,
+        f'<h2>Effective dense size</h2>{meaning}<div class="scroll">{worth}</div>',
+        f"<h2>Dense runs</h2>{dense}",
+    )
+
+
 def tuning_html(record: Mapping[str, Any], picture: str) -> str:
-    """The page of a study of learning rates and batches, from what tuning.json holds; ``picture`` is an SVG."""
+    """The page of a study of learning rates and batches, from what tuning.json holds."""
     rows = [
         (
             *(_number(best[name]) for name in ("flops", "params", "tokens", "learning_rate", "batch_tokens", "loss")),
@@ -92,25 +110,7 @@ def tuning_html(record: Mapping[str, Any], picture: str) -> str:
         for best in record["best"]
     ]
     names = ("FLOPs", "params", "tokens", "best learning rate", "best batch (tokens)", "loss there", "surface")
-    sections = [
-        *(f"<p>{_text(note)}</p>" for note in record["notes"]),
-        "<h2>What it says</h2>" + "".join(f"<p>{_text(sentence)}</p>" for sentence in record["sentences"]),
-        f"<div>{picture}</div>",
-        f"<h2>Optima</h2>{_table(names, rows)}",
-        _left_out(record["excluded"]),
-    ]
-    return _document(record["title"], sections)
-
-
-def words_html(record: Mapping[str, Any], picture: str) -> str:
-    """A page of what a record says, with its picture (an SVG)."""
-    sections = [
-        *(f"<p>{_text(note)}</p>" for note in record["notes"]),
-        "<h2>What it says</h2>" + "".join(f"<p>{_text(sentence)}</p>" for sentence in record["sentences"]),
-        f"<div>{picture}</div>",
-        _left_out(record["excluded"]),
-    ]
-    return _document(record["title"], sections)
+    return words_html(record, picture, f"<h2>Optima</h2>{_table(names, rows)}")
 
 
 def _left_out(excluded: Mapping[str, str]) -> str:

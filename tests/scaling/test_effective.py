@@ -94,3 +94,13 @@ def test_what_cannot_be_compared_is_said(make_study, true_law):
         compare(run for run in runs if not run.experts or run.flops < largest / 2)
     with pytest.raises(UserError, match="only 8 experts and 16 experts have finished"):
         compare(run for run in runs if run.experts or run.flops < largest / 2)
+
+
+def test_what_experts_are_worth_has_an_interval(make_study, true_law):
+    found = compare(with_experts(make_study, true_law, noise=0.01, sizes=6))
+    for worth in found.worth:
+        span = worth.times_interval
+        assert span.holds(worth.times) and span.high / span.low > 1.02
+    largest = [found.of(found.rungs[-1].best[experts]) for experts in TIMES]
+    assert all(worth.times_interval.holds(TIMES[worth.run.experts]) for worth in largest)
+    assert all(f"(95%: {worth.times_interval.low:.2f} to" in " ".join(found.sentences) for worth in largest)
