@@ -148,7 +148,8 @@ def draws(fit: Fit, *, resamples: int, seed: int = 0) -> np.ndarray | None:
         seen = drawn > 0
         good = seen.sum(axis=1) >= needed
         for member in members:
-            good &= (seen.astype(int) @ member.T.astype(int) > 0).sum(axis=1) >= min(FEWEST_VALUES, len(member))
+            values = (seen.astype(np.float32) @ member.T.astype(np.float32) > 0).sum(axis=1)  # BLAS has no integers
+            good &= values >= min(FEWEST_VALUES, len(member))
         kept.append(drawn[good])
         count += int(good.sum())
         if count >= resamples:
