@@ -4,7 +4,8 @@
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from launch import collect, experiment_file, study
@@ -29,13 +30,16 @@ FEWEST_RESAMPLES = 20
 @dataclass(frozen=True)
 class Loaded:
     """Runs to learn from. title: of a report. notes: how they were read. curves: training curves, where there are.
-    like: the study they are of, None for a CSV file."""
+    like: the study they are of, None for a CSV file. conventions: of params, FLOPs, tokens and loss, where they are not
+    the project's own. recounted: whether they are counted otherwise than the table has them."""
 
     table: Table
     title: str
     notes: tuple[str, ...]
     curves: Curves
     like: Like | None
+    conventions: Mapping[str, str] = field(default_factory=dict)
+    recounted: bool = False
 
 
 def load(options: argparse.Namespace) -> Loaded:
@@ -56,7 +60,10 @@ def load(options: argparse.Namespace) -> Loaded:
         imported = columns.read(reference, columns=chosen, drop_highest=options.drop_highest_loss)
         again = columns.clean(imported.table)[1]  # what every analysis says by itself
         notes = tuple(note for note in imported.notes if note not in again)
-        loaded = Loaded(imported.table, Path(reference).stem, notes, {}, None)
+        conventions = {str(name): "as the CSV file has them" for name in COLUMNS[:4]}
+        if imported.derived is not None:
+            conventions[imported.derived] = "from FLOPs = 6 params tokens, for the CSV file has none"
+        loaded = Loaded(imported.table, Path(reference).stem, notes, {}, None, conventions)
         if options.parameters == "non_embedding" and all(r.params == r.non_embedding_params for r in loaded.table):
             raise UserError(
                 f"{reference} has one count of parameters: give those outside embeddings and head with "
@@ -74,7 +81,13 @@ def load(options: argparse.Namespace) -> Loaded:
         for name, line in loaded.curves.items()
         if name in dearer
     }
-    return Loaded(table, loaded.title, (*loaded.notes, counted, *notes), curves, loaded.like)
+    conventions = dict(loaded.conventions)
+    if options.parameters != "total":
+        conventions["params"] = report.PARAMETER_CONVENTION[options.parameters]
+    if options.count_flops == "six_per_param":
+        conventions["flops"] = "6 for each counted parameter and token"
+    changed = {"notes": (*loaded.notes, counted, *notes), "conventions": conventions, "recounted": True}
+    return replace(loaded, table=table, curves=curves, **changed)
 
 
 def settings(options: argparse.Namespace, *, form: forms.Form = forms.CHINCHILLA) -> Settings:
@@ -99,13 +112,8 @@ def fit(options: argparse.Namespace) -> int:
     form = next(form for form in forms.FORMS if form.name == options.law)
     chosen = settings(options, form=form)
     loaded = load(options)
-    conventions = (
-        {} if loaded.like is not None else {name: "as the CSV file has them" for name in ("loss", "flops", "tokens")}
-    )
-    if options.parameters != "total":
-        conventions["params"] = report.PARAMETER_CONVENTION[options.parameters]
-    elif loaded.like is None:
-        conventions["params"] = "as the CSV file has them"
+    if loaded.recounted:  # of the ways to count, one has been chosen
+        chosen = replace(chosen, correct=False)
     found = report.write_report(
         loaded.table,
         options.out,
@@ -113,7 +121,7 @@ def fit(options: argparse.Namespace) -> int:
         notes=loaded.notes,
         curves=loaded.curves,
         settings=chosen,
-        conventions=conventions,
+        conventions=loaded.conventions,
     )
     print("\n".join((*loaded.notes, str(found.fit.law), *found.sentences)))
     print(f"The report is {options.out / 'report.html'}.")
@@ -177,6 +185,8 @@ def plan(
 
 def suggest(options: argparse.Namespace) -> int:
     allocation.check_flops(options.budget)
+    if options.out is not None and options.out.suffix == ".py":
+        raise UserError(f"--out of lab next names a folder, for next.py and next.json; given {options.out}.")
     asked, loaded = replace(settings(options), correct=False), load(options)
     family = chosen_family(loaded, options.family)
     found = analyse(loaded.table, settings=asked)

@@ -26,6 +26,7 @@ from research.scaling.table import Run
 
 COUNTS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 CLARK_SIZES, CLARK_REACH = (1.5e7, 1.3e9), 4.0  # params of Clark et al.'s models, and how far it is carried below
+SAME_TOKENS = 1.05
 PAYS = 1.10  # a doubling of experts pays while it is worth at least so much more of a dense model
 
 
@@ -67,7 +68,7 @@ class Advice:
         if self.found.drawn is not None:
             drawn = self.found.drawn
             span = Interval.of(drawn.laws.loss(params=float(params), tokens=tokens))
-            text += f" (95%: {span.low:.3f} to {span.high:.3f})"
+            text += f" ({span.told('{:.3f}'.format)})"
         return f"{text} nats per token, {loss - best:+.4f} against the size asked for."
 
 
@@ -87,7 +88,7 @@ def advise(found: Conclusion, *, served: float | None = None, unique_tokens: flo
         lifetime, words = _served(found, served, unique_tokens)
         sentences.append(words)
         params, train, built = lifetime.best.params, lifetime.best.flops, "inference-aware"
-    experts = experts_that_pay(params, _own_experts(found.runs))
+    experts = experts_that_pay(params, _own_experts(tuple(found.table)))
     sentences.append(_expert_words(experts, params))
     sentences.append(
         f"To be built: the {built} model, {count_words(params)} parameters for {train:.3g} training FLOPs."
@@ -138,9 +139,11 @@ def _served(found: Conclusion, served: float, unique_tokens: float | None) -> tu
 
 
 def _own_experts(runs: tuple[Run, ...]) -> Fit | None:
-    """The law of experts of the runs' own, where they have enough experts and sizes to tell it and it is identified."""
-    good = [run for run in runs if run.experts is not None]
-    if len({run.experts for run in good}) < 3:
+    """The law of experts of the runs' own, where they have enough experts and sizes to tell it, all on as many tokens
+    (the law is a function of size and experts alone), and it is identified."""
+    good = [run for run in runs if run.experts is not None and run.problem is None]
+    tokens = [run.tokens for run in good]
+    if len({run.experts for run in good}) < 3 or max(tokens) > SAME_TOKENS * min(tokens):
         return None
     points = Points(
         params=np.array([run.active for run in good], float),
@@ -158,7 +161,8 @@ def experts_that_pay(params: float, own: Fit | None = None) -> Experts:
     """How many experts a model of so many (active) params should have in every other layer, by Clark et al. 2022's
     law for their text, or by the law of one's own runs. Theirs has the gain end near 1e12 params (log10 N = -b / c)."""
     law: RoutedExperts = CLARK_S_BASE if own is None else own.law
-    if own is None and not CLARK_SIZES[0] / CLARK_REACH <= params <= CLARK_SIZES[1] * CLARK_REACH**2:
+    low, high = CLARK_SIZES if own is None else (own.points.params.min(), own.points.params.max())
+    if not low / CLARK_REACH <= params <= high * CLARK_REACH**2:
         return Experts((), 1, "none")
     worth = [(count, float(law.effective_params(params=params, experts=float(count))) / params) for count in COUNTS]
     paying, before = 1, 1.0
@@ -192,6 +196,4 @@ def _expert_words(experts: Experts, params: float) -> str:
 
 def _with(value: float, span: Interval | None, *, loss: bool = False) -> str:
     write = "{:.3f}".format if loss else count_words
-    if span is None:
-        return write(value)
-    return f"{write(value)} (95%: {f'{write(span.low)} to {write(span.high)}' if span.closed else 'not identified'})"
+    return write(value) if span is None else f"{write(value)} ({span.told(write)})"

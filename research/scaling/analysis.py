@@ -33,6 +33,7 @@ from research.scaling.recommend import (
 from research.scaling.table import ParameterCount, Run, Table
 
 FEWEST_BUDGETS = 2
+BEYOND = 1e3  # times a value: outside any picture of it
 BUDGETS = 30  # of the frontier
 FEW_BUDGETS_NAMED = 8  # remarks on single IsoFLOP curves; more are summed up
 FAR = 8.0  # times the typical residual (median absolute, times 1.4826): a run that far off is named
@@ -69,12 +70,15 @@ class Frontier:
     drawn: Allocation | None
 
     def band(self, what: str) -> tuple[np.ndarray, np.ndarray]:
-        """(low, high) of the 95% interval; the line itself where there is none."""
+        """(low, high) of the 95% interval, beyond any picture where it has no end; the line itself without draws."""
         line = getattr(self, what)
         if self.drawn is None:
             return line, line
         spans = [Interval.of(column) for column in getattr(self.drawn, what).T]
-        ends = [(span.low, span.high) if span.closed else (at, at) for span, at in zip(spans, line, strict=True)]
+        ends = [
+            (span.low, span.high) if span.closed else (at / BEYOND, at * BEYOND)
+            for span, at in zip(spans, line, strict=True)
+        ]
         return tuple(np.transpose(ends))
 
 
@@ -147,22 +151,28 @@ def analyse(table: Table, *, settings: Settings | None = None, curves: Curves | 
     settings = settings or Settings()
     parameters, curves = settings.parameters, curves or {}
     cleaned, notes = columns.clean(table)
-    runs = list(cleaned.finished())
+    runs, routed = _dense(list(cleaned.finished()))
     check(runs, table, parameters)
     fit = fit_law(Points.of(runs, parameters=parameters), form=settings.form, delta=settings.delta)
     found = isoflop.fit_isoflop(runs, parameters=parameters)
     remarks = [*notes, *_remarks(cleaned, runs, fit, found)]
+    if routed:
+        remarks.append(
+            f"{len(routed)} runs of models with experts are left out: a law of params and tokens is of dense models "
+            "(what experts are worth: research.scaling.effective)."
+        )
     held_out = attempt(lambda: hold_out(runs, parameters=parameters, delta=settings.delta, form=settings.form), remarks)
     largest = max(curve.flops for curve in found.curves)
     target = 10 * largest if settings.target_flops is None else float(settings.target_flops)
     cost = settings.flops_per_token or _cost(runs, parameters, remarks)
     drawn = intervals.bootstrap(fit, resamples=settings.resamples, seed_noise=settings.seed_noise)
     minima = isoflop.resample(found) if settings.resamples else None
-    spend = {"flops": target, "flops_per_token": cost, "largest_flops": largest}
-    from_law = attempt(lambda: recommend(fit.law, **spend, drawn=drawn), remarks)
+    smallest = min(curve.flops for curve in found.curves)
+    spend = {"flops": target, "flops_per_token": cost, "largest_flops": largest, "smallest_flops": smallest}
+    from_law = attempt(lambda: recommend(fit.law, **spend, drawn=drawn, doubt=_doubt(fit)), remarks)
     from_isoflop = attempt(lambda: recommend_from_isoflop(found, **spend, minima=minima), remarks)
     profiles = _profiles(fit, target, cost) if settings.resamples else {}
-    remarks += _second_opinion(profiles, fit)
+    remarks += _second_opinion(profiles, fit, drawn)
     variants, said = corrections.compare(runs, delta=settings.delta) if settings.correct else ((), ())
     return Conclusion(
         settings=settings,
@@ -184,11 +194,19 @@ def analyse(table: Table, *, settings: Settings | None = None, curves: Curves | 
         from_isoflop=from_isoflop,
         variants=variants,
         flops_per_token=cost,
-        excluded=_excluded(table, cleaned),
+        excluded=_excluded(table, cleaned) | dict.fromkeys(routed, "a model with experts among dense ones"),
         remarks=(*remarks, *said),
         belief=which_to_believe(from_law, from_isoflop, held_out, fit),
         curves=curves,
     )
+
+
+def _dense(runs: list[Run]) -> tuple[list[Run], list[str]]:
+    """(the dense runs, the names of the others), where there are both kinds; else (all, none)."""
+    dense = [run for run in runs if not run.experts]
+    if not dense:
+        return runs, []
+    return dense, [run.name for run in runs if run.experts]
 
 
 def check(runs: list[Run], table: Table, parameters: ParameterCount) -> None:
@@ -218,7 +236,8 @@ def _cost(runs: list[Run], parameters: ParameterCount, remarks: list[str]) -> Co
     if cost.largest_error > FLOPS_VARY:
         remarks.append(
             f"FLOPs per token are not a simple function of the size of these models (off by up to "
-            f"{cost.largest_error:.0%}): give flops_per_token for a recommendation to rely on."
+            f"{cost.largest_error:.0%}): a recommendation does not rely on them (a study's analyze may "
+            "give its own flops_per_token)."
         )
     return cost
 
@@ -240,15 +259,27 @@ def _profiles(fit: Fit, target: float, cost: FlopsPerToken) -> dict[str, Interva
     return intervals.profile(fit, measure=measure, names=names, at=at)
 
 
-def _second_opinion(profiles: Mapping[str, Interval], fit: Fit) -> list[str]:
-    """What is open in the profiles, and which of the law's numbers they do not hold."""
+def _doubt(fit: Fit) -> str | None:
+    if not fit.convergence.converged:
+        return "the fit has not converged"
+    away = fit.form.astray(fit.theta, *fit.form.bounds(np.log(fit.points.loss)))
+    return "the runs do not determine the law" if away else None
+
+
+def _second_opinion(profiles: Mapping[str, Interval], fit: Fit, drawn: Bootstrap | None) -> list[str]:
+    """What is open in the profiles, and which of the law's numbers they do not hold; refits that were lost."""
     said = [
         f"{name} is not identified: no value of it is bad enough on one side."
         for name, interval in profiles.items()
         if not interval.closed
     ]
     outside = [name for name, value in numbers(fit.law).items() if name in profiles and not profiles[name].holds(value)]
-    if outside:
+    if drawn is not None and drawn.lost > len(drawn) * intervals.TAIL / 100:
+        said.append(
+            f"{drawn.lost / len(drawn):.0%} of the bootstrap's refits did not converge or ended at a bound of their "
+            "search: these runs do not determine the law, and its intervals have no ends."
+        )
+    elif outside and fit.convergence.converged:
         said.append(
             f"The profile's intervals do not hold the fitted {', '.join(outside)}: they are of least squares, which "
             "runs far off the law move more than the fit's Huber loss; go by the bootstrap, and look at those runs."

@@ -148,7 +148,7 @@ def nearest(family: Family, *, params: float, parameters: ParameterCount = "tota
     if best is None or count(best, parameters=parameters) > 2 * params:
         raise UserError(
             f"The smallest {family.name} model has {smallest:,} parameters and {params:,.0f} are asked for: "
-            f"name a smaller family ({', '.join(FAMILIES)})."
+            f"{_smaller(family)}."
         )
     if count(best, parameters=parameters) < params / 2:
         raise UserError(
@@ -156,6 +156,12 @@ def nearest(family: Family, *, params: float, parameters: ParameterCount = "tota
             f"that size can be built."
         )
     return best
+
+
+def _smaller(family: Family) -> str:
+    if family.name == "small":
+        return "no model so small can be built"
+    return f"name a smaller family ({', '.join(name for name in FAMILIES if name != family.name)})"
 
 
 def count(model: Decoder, *, parameters: ParameterCount = "total") -> int:

@@ -20,10 +20,15 @@ UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12, "p": 1e15}
 WORDS = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
 OF_WHAT = r"(?:params?|parameters?|tokens?|flops?|nats?(?:/token)?)?"
 NUMBER = re.compile(rf"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*([a-z]*?)\s*{OF_WHAT}", re.IGNORECASE)
-THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?![\d,])")
+THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
+SCALE = "k|m|b|bn|g|t|thousands?|millions?|billions?|trillions?"
+IN_HEADER = re.compile(rf"[(\[]\s*(?:in\s+)?({SCALE})\s*[)\]]", re.IGNORECASE)
 FINISHED = ("", "finished", "completed", "complete", "done", "success", "succeeded", "ok")
 UNEVEN = 0.01  # a count that is so far from a whole number is in millions or billions
 NAMED = 10  # rows left out that are named with the reason; of the others, the lines
+ODD = (0.3, 30.0)  # FLOPs over 6 params tokens: beyond, something is in other units
+FEW_PARAMS, FEW_TOKENS = 1000, 0.01  # of a model, and for each parameter
+CONDEMNED = 0.25  # of the runs: one run that makes so many seem diverged is itself not to be believed
 WORSE = 0.10  # above a smaller model's loss on fewer tokens: the run diverged
 GUESSES = {
     "params": ("params", "parameters", "n_params", "num_params", "model_size", "model size", "n"),
@@ -37,10 +42,12 @@ GUESSES = {
 
 @dataclass(frozen=True)
 class Imported:
-    """A CSV as a table. notes: what was taken how, and which rows are left out of it, a sentence each."""
+    """A CSV as a table. notes: what was taken how, and which rows are left out of it, a sentence each. derived: which
+    of params, tokens and flops has no column and follows from the others."""
 
     table: Table
     notes: tuple[str, ...]
+    derived: str | None = None
 
 
 def read(path: Path | str, *, columns: Mapping[str, str | None] | None = None, drop_highest: int = 0) -> Imported:
@@ -58,7 +65,7 @@ def read(path: Path | str, *, columns: Mapping[str, str | None] | None = None, d
         raise UserError(f"{path} has two columns named {twice!r}: give every column a name of its own.")
     own = set(REQUIRED) <= set(header)
     if own and all(key == name for key, name in given.items()):
-        table, notes = read_csv(path), []
+        table, notes, derived = read_csv(path), [], None
     else:
         found, doubts = _columns(header, given, path)
         if own:
@@ -66,11 +73,13 @@ def read(path: Path | str, *, columns: Mapping[str, str | None] | None = None, d
                 "The table is of this project, but columns were named: what others say (experts, tokenizer, schedule, "
                 "parameters outside embeddings) is not read."
             )
+        derived = _derived(found)
         table, notes = _table(rows, header, found, path)
+        doubts += _odd(table, found)
         notes = [*doubts, *notes]
     table, dropped = without_highest(table, drop_highest)
     table, doubts = clean(table)
-    return Imported(table, (*notes, *dropped, *doubts))
+    return Imported(table, (*notes, *dropped, *doubts), derived)
 
 
 def _rows(path: Path | str) -> tuple[list[tuple[int, list[str]]], list[str]]:
@@ -100,6 +109,12 @@ def _columns(header: Sequence[str], given: Mapping[str, str], path: Path | str) 
                 notes.append(f"The {key} is read from {usual[0]!r}, not from {others}: --{key}-column names another.")
     if len({"params", "tokens"} & set(given)) == 1 and "flops" in given:  # two were named: the third follows
         found = {key: name for key, name in found.items() if key in given or key not in ("params", "tokens")}
+    for key in ("params", "tokens", "flops"):
+        if key in found and (unit := IN_HEADER.search(found[key])):
+            raise UserError(
+                f"The column {found[key]!r} of {path} is in units of {unit[1]}: write its numbers out, or with their "
+                "unit in each cell, as 125M."
+            )
     if "loss" not in found:
         raise UserError(f"{path} needs a column of losses: name it with --loss-column; its columns are {has}.")
     if len({"params", "tokens", "flops"} & set(found)) < 2:
@@ -159,9 +174,9 @@ def _table(
     if not runs:
         reasons = f": {strange[0]}" if strange else ": it has no rows"
         raise UserError(f"No row of {path} can be used{reasons}.")
-    third = next((key for key in ("flops", "tokens", "params") if key not in columns), None)
-    if third is not None:
-        notes.append(f"There is no column of {third}: they follow from FLOPs = 6 params tokens.")
+    derived = _derived(columns)
+    if derived is not None:
+        notes.append(f"There is no column of {derived}: they follow from FLOPs = 6 params tokens.")
     if renamed:
         notes.append(f"Rows with a name that another has are told apart by their lines: there are {len(renamed)}.")
     if units:
@@ -171,6 +186,25 @@ def _table(
         lines = ", ".join(problem.partition(":")[0].removeprefix("line ") for problem in strange[NAMED:])
         notes.append(f"Left out: {len(strange) - NAMED} more without usable numbers, on lines {lines}.")
     return Table(tuple(runs)), notes
+
+
+def _odd(table: Table, columns: Mapping[str, str]) -> list[str]:
+    """What says that a column may be in other units than single params, tokens and FLOPs."""
+    found = []
+    if {"params", "tokens", "flops"} <= set(columns):
+        ratio = float(np.median([run.flops / (6 * run.params * run.tokens) for run in table]))
+        if not ODD[0] <= ratio <= ODD[1]:
+            found.append(
+                f"The FLOPs are {ratio:.3g} times 6 params tokens, and should be about as many: one of the three "
+                "columns may be in other units."
+            )
+    smallest, ratio = min(run.params for run in table), min(run.tokens / run.params for run in table)
+    if smallest < FEW_PARAMS or ratio < FEW_TOKENS:
+        found.append(
+            f"There are models of {smallest:,} parameters and runs of {ratio:.2g} tokens for each: if the numbers "
+            "are in millions or billions, write them out or with their unit."
+        )
+    return found
 
 
 def _values(row: Mapping[str, str], columns: Mapping[str, str]) -> tuple[dict[str, float], int, str | None]:
@@ -186,6 +220,10 @@ def _values(row: Mapping[str, str], columns: Mapping[str, str]) -> tuple[dict[st
             values[key], problem = math.nan, problem or f"the {key} is {text!r}, which is not a number"
         units += math.isfinite(values[key]) and bool(re.search("[a-z]", re.sub(r"e[-+]?\d+", "", text.lower())))
     return values, units, problem
+
+
+def _derived(columns: Mapping[str, str]) -> str | None:
+    return next((key for key in ("flops", "tokens", "params") if key not in columns), None)
 
 
 def _follow(values: dict[str, float], columns: Mapping[str, str]) -> str | None:
@@ -223,6 +261,25 @@ def without_highest(table: Table, count: int) -> tuple[Table, list[str]]:
     return Table(tuple(run for run in table if run.name not in names)), [told]
 
 
+def _without_too_good(runs: list[Run]) -> tuple[list[Run], list[str]]:
+    """The runs, the best of a few marked as failed where it alone makes many larger and longer ones seem diverged."""
+    notes = []
+    while True:
+        good = [run for run in runs if run.problem is None]
+        best = min(good, key=lambda run: run.loss, default=None)
+        if best is None or len(good) < 1 / CONDEMNED:
+            return runs, notes
+        above = [r for r in good if r.params >= best.params and r.tokens >= best.tokens]
+        worse = sum(run.loss > best.loss * (1 + WORSE) for run in above)
+        if worse <= CONDEMNED * len(good):
+            return runs, notes
+        runs = [replace(run, status="failed") if run is best else run for run in runs]
+        notes.append(
+            f"{best.name} is left out: its loss {best.loss:.4g} is more than {WORSE:.0%} below those of {worse} runs "
+            "that are no smaller and no shorter; its loss may be of other units or other text."
+        )
+
+
 def clean(table: Table) -> tuple[Table, tuple[str, ...]]:
     """The table without copies of a run, and with the status "diverged" for those that are far worse than a smaller
     model on fewer tokens; and what was done, a sentence each. Repeats that differ in loss (other seeds) stay."""
@@ -235,6 +292,8 @@ def clean(table: Table) -> tuple[Table, tuple[str, ...]]:
         if run.problem is None:
             seen[key] = run.name
         runs.append(run)
+    runs, doubtful = _without_too_good(runs)
+    notes += doubtful
     good = [run for run in runs if run.problem is None]
     params, tokens, losses = (np.array([getattr(run, n) for run in good], float) for n in ("params", "tokens", "loss"))
     for index, run in enumerate(runs):

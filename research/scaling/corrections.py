@@ -94,6 +94,7 @@ def compare(
     variants, notes, seen = [], [], []
     if all(run.params == run.non_embedding_params for run in runs):
         ladder = [(name, correction) for name, correction in ladder if correction.parameters == "total"]
+        ladder[0] = ("6 FLOPs for each parameter as counted and token", ladder[0][1])
         notes.append("The runs have one count of parameters: what it does to leave embeddings out cannot be shown.")
     for name, correction in ladder:
         try:

@@ -45,7 +45,7 @@ class Proposal:
 class Design:
     """runs: in the order of choice. before: the 95% interval of the optimal params at ``target_flops``; after: the one
     to expect. narrower: the width of the second over that of the first, in log params, from simulated studies that were
-    refitted: the runs as they are, and with the proposed ones."""
+    refitted: the runs as they are, and with the proposed ones. budget: what they might cost together."""
 
     target_flops: float
     optimal_params: float
@@ -53,10 +53,19 @@ class Design:
     before: Interval
     after: Interval
     narrower: float
+    budget: float
 
     @property
     def flops(self) -> float:
         return sum(run.flops for run in self.runs)
+
+    @property
+    def _capped(self) -> tuple[str, ...]:
+        """Says so where the number of runs, not the budget, has ended the choice."""
+        if len(self.runs) < MOST_RUNS or self.flops > 0.9 * self.budget:
+            return ()
+        left = self.budget - self.flops
+        return (f"No more than {MOST_RUNS} runs are proposed at a time; these leave {left:.3g} FLOPs of the budget.",)
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -72,6 +81,7 @@ class Design:
             f"{_ends(self.before)} (95%).",
             f"{len(self.runs)} runs, {self.flops:.3g} FLOPs together:",
             *lines,
+            *self._capped,
             f"Expected after them: between {_ends(self.after)}, an interval {self.narrower:.2f} times as wide "
             f"(in logs).",
         )
@@ -118,7 +128,7 @@ def propose(
         before = drawn.optimum(flops=target_flops, flops_per_token=flops_per_token)["params"]
         ends = (best.params * (end / best.params) ** narrower for end in (before.low, before.high))
         after = Interval(*ends) if before.closed else after
-    return Design(float(target_flops), best.params, tuple(runs), before, after, narrower)
+    return Design(float(target_flops), best.params, tuple(runs), before, after, narrower, float(budget))
 
 
 def _width(interval: Interval) -> float:

@@ -68,7 +68,7 @@ class Found:
         bracketed = f"{len(self.isoflop.bracketed)} of {len(self.isoflop.curves)} budgets bracketed"
         if self.exponent is None:
             return f"{self.step.name}: no exponent ({bracketed})."
-        span = "" if self.interval is None else f" (95%: {self.interval.low:.3f} to {self.interval.high:.3f})"
+        span = "" if self.interval is None else f" ({self.interval.told('{:.3f}'.format)})"
         return (
             f"{self.step.name}: params ~ compute^{self.exponent:.3f}{span}, {bracketed}; Porian et al. found "
             f"{self.step.published}."

@@ -95,7 +95,8 @@ class Comparison:
 
 def _sentence(rung: Rung, found: Worth) -> str:
     run, dense = found.run, rung.best[0]
-    times = f"{found.times or 0:.2f} times{_told(found.times_interval)}"
+    span = "" if found.times_interval is None else f" ({found.times_interval.told('{:.2f}'.format)})"
+    times = f"{found.times or 0:.2f} times{span}"
     size = (
         f"worth a dense model of {found.dense_params:,.0f} parameters on the same tokens, {times} its {run.active:,} "
         "active ones"
@@ -111,12 +112,6 @@ def _sentence(rung: Rung, found: Worth) -> str:
         f"{abs(gain):.4f} {'below' if gain > 0 else 'above'} the best dense one ({dense.name}, {dense.loss:.4f}). "
         f"It is {size}{compute}."
     )
-
-
-def _told(span: Interval | None) -> str:
-    if span is None:
-        return ""
-    return f" (95%: {span.low:.2f} to {span.high:.2f})" if span.closed else f" (95%: at least {span.low:.2f})"
 
 
 def compare(runs: Iterable[Run]) -> Comparison:

@@ -88,9 +88,6 @@ class Form:
         """Coordinates of a projection's result (``levels`` clipped away from zero)."""
         return np.concatenate([np.log(levels), [s.coordinate(v) for s, v in zip(self.shapes, shape, strict=True)]])
 
-    def shape_of(self, theta: Any) -> list[Any]:
-        return [s.value(t) for s, t in zip(self.shapes, theta[len(self.terms) :], strict=True)]
-
     def bounds(self, log_loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(low, high) of theta: no term above the losses by much, nor the floor above any of them."""
         least, most = float(log_loss.mean()) + math.log(SMALLEST_SHARE), float(log_loss.max()) + 1.0
@@ -100,6 +97,15 @@ class Form:
         if "floor" in self.terms[-1]:
             high[levels - 1] = float(log_loss.min())
         return np.array(low), np.array(high)
+
+    def astray(self, theta: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """[...]: whether a theta [..., K] stands at a bound of its search, so that what follows from it is the bound's.
+        A floor of zero is not meant: no loss is below it."""
+        room = 1e-3 * (high - low)
+        at = (theta <= low + room) | (theta >= high - room)
+        if "floor" in self.terms[-1]:
+            at[..., len(self.terms) - 1] = False
+        return at.any(axis=-1)
 
     def not_identified(self, theta: np.ndarray, log_loss: np.ndarray) -> tuple[str, ...]:
         """A sentence for each term at zero and each number at a bound of its search."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from research.core.types import UserError
-from research.scaling.intervals import TAIL, Interval
+from research.scaling.intervals import TAIL, Interval, lines
 from research.scaling.laws import PowerLaw, fit_power_law
 from research.scaling.table import ParameterCount, Run
 
@@ -159,7 +159,8 @@ def _problem(c2: float, vertex: float, u: np.ndarray, sizes: np.ndarray, losses:
 class Minima:
     """Intervals of the IsoFLOP minima. draws: [resamples, bracketed curves, 3], log of params, tokens and loss at the
     minima of parabolas fitted to resampled losses, NaN where one has none. bands: of each curve's parabola over its
-    sizes, (low, high) by the curve's FLOPs. exponents: of params, tokens and loss in compute."""
+    sizes, (low, high) by the curve's FLOPs. exponents: of params, tokens and loss in compute, of each resample through
+    the minima that it has."""
 
     draws: np.ndarray
     bands: Mapping[float, tuple[np.ndarray, np.ndarray]]
@@ -189,18 +190,15 @@ def resample(found: IsoFlop, *, resamples: int = 2000, seed: int = 0) -> Minima 
         noise = pool[generator.integers(0, len(pool), (resamples, len(u)))]
         fits = (curve(np.array(curve.sizes)) * np.exp(noise)) @ np.linalg.pinv(columns).T
         grid = np.linspace(u[0], u[-1], BAND_POINTS)
-        lines = fits @ np.stack([grid**2, grid, np.ones_like(grid)])
-        bands[curve.flops] = tuple(np.percentile(lines, [TAIL, 100 - TAIL], axis=0))
+        curves_drawn = fits @ np.stack([grid**2, grid, np.ones_like(grid)])
+        bands[curve.flops] = tuple(np.percentile(curves_drawn, [TAIL, 100 - TAIL], axis=0))
         draws.append(_resampled_minima(curve, fits, u))
     stacked = np.stack(draws, axis=1)
     exponents = {}
     if len(found.bracketed) >= 2:
         x = np.log([curve.flops for curve in found.bracketed])
-        x = x - x.mean()
-        good = stacked[np.all(np.isfinite(stacked), axis=(1, 2))]
-        slopes = np.einsum("rcq,c->rq", good, x) / (x @ x)
-        if len(good) >= 0.9 * resamples:
-            exponents = {name: Interval.of(slope) for name, slope in zip(MINIMUM, slopes.T, strict=True)}
+        columns = np.stack([np.ones_like(x), x], axis=1)
+        exponents = {name: Interval.of(lines(columns, stacked[..., q])[:, 1]) for q, name in enumerate(MINIMUM)}
     return Minima(stacked, bands, exponents)
 
 

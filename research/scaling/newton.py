@@ -156,6 +156,7 @@ class _At(NamedTuple):
 def _lane(form: Form, measure: Measure | None, shared: Any, theta: Any, damping: Any, own: Any) -> Any:
     low, high = shared["low"], shared["high"]
     at = functools.partial(_derivatives, form, measure, shared, own)
+    levels = (np.arange(form.size) < len(form.terms)) & (not form.signed)
 
     def free(theta: Any, gradient: Any) -> Any:
         return ~(((theta <= low) & (gradient > 0)) | ((theta >= high) & (gradient < 0)))
@@ -163,7 +164,9 @@ def _lane(form: Form, measure: Measure | None, shared: Any, theta: Any, damping:
     def step(_: int, state: Any) -> Any:
         theta, damping, here, ended = state
         moving = free(theta, here.gradient)
-        matrix = here.newton + damping * here.reweighted
+        # the curvature of a level's logarithm holds its gradient: left out where negative, or a small term that wants
+        # to grow would need so much damping that everything else stands still
+        matrix = here.newton + damping * here.reweighted + jnp.diag(jnp.where(levels, jnp.maximum(-here.gradient, 0), 0))
         matrix = jnp.where(moving[:, None] & moving[None, :], matrix, jnp.eye(len(theta)))
         downhill = jnp.where(moving, here.gradient, 0.0)
         change = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(matrix), True), downhill)

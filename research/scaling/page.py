@@ -144,7 +144,10 @@ def _law(record: Mapping[str, Any]) -> str:
     at = f"<p>At {record['target_flops']:.3g} FLOPs:</p>{_table(('', 'optimum', '95% by profile likelihood'), optimum)}"
     projected = record["variable_projection"]
     text = f'<h2>The law</h2><p class="law">{_text(record["law"]["form"])}</p>{intervals}{at if optimum else ""}'
-    text += f"<p>The bootstrap drew {record['resamples']:,} times from the runs.</p>" if record["resamples"] else ""
+    if record["resamples"]:
+        lost = record["resamples_lost"]
+        lost = f"; {lost:,} refits did not converge or ended at a bound" if lost else ""
+        text += f"<p>The bootstrap drew {record['resamples']:,} times from the runs{lost}.</p>"
     if record["profile_intervals_95"]:
         text += "<p>The profile takes errors of log loss as normal: its middle is the fit of least squares.</p>"
     if projected:
@@ -166,37 +169,24 @@ def _span(span: Mapping[str, float | None] | None) -> str:
 
 def _approaches(record: Mapping[str, Any]) -> str:
     """The exponents of the optimum in compute by the three approaches of Hoffmann et al. 2022."""
-    rows = []
-    if record["envelope"]:
-        spans = record["envelope"]["intervals_95"]
-        exponents = [record["envelope"][f"{name}_law"]["exponent"] for name in ("params", "tokens")]
-        cells = [
-            f"{e:.3f} ({_span(spans.get(f'{n}_in_compute'))})"
-            for e, n in zip(exponents, ("params", "tokens"), strict=True)
-        ]
-        rows.append(("1: envelope of training curves", *cells))
-    isoflop = record["isoflop"]
+    envelope, isoflop, exponents = record["envelope"], record["isoflop"], record["exponents"]
+    names, long = ("params", "tokens"), ("params_in_compute", "tokens_in_compute")
+    found = []
+    if envelope:
+        slopes = [envelope[f"{name}_law"]["exponent"] for name in names]
+        found.append(("1: envelope of training curves", slopes, [envelope["intervals_95"].get(n) for n in long]))
     if isoflop["params_law"]:
-        spans = isoflop["exponent_intervals_95"]
-        rows.append(
-            (
-                "2: IsoFLOP profiles",
-                *(f"{isoflop[f'{n}_law']['exponent']:.3f} ({_span(spans.get(n))})" for n in ("params", "tokens")),
-            )
-        )
-    if record["exponents"]:
-        spans = record["intervals_95"]
-        rows.append(
-            (
-                "3: parametric law",
-                *(
-                    f"{record['exponents'][n]:.3f} ({_span(spans.get(n))})"
-                    for n in ("params_in_compute", "tokens_in_compute")
-                ),
-            )
-        )
-    names = ("approach", "params in compute (95%)", "tokens in compute (95%)")
-    return f'<h2>Three approaches</h2><div class="words">{_table(names, rows)}</div>' if rows else ""
+        slopes = [isoflop[f"{name}_law"]["exponent"] for name in names]
+        found.append(("2: IsoFLOP profiles", slopes, [isoflop["exponent_intervals_95"].get(n) for n in names]))
+    if exponents:
+        spans = [record["intervals_95"].get(n) for n in long]
+        found.append(("3: parametric law", [exponents[n] for n in long], spans))
+    rows = [
+        (name, *(f"{slope:.3f} ({_span(span) or 'no interval'})" for slope, span in zip(slopes, spans, strict=True)))
+        for name, slopes, spans in found
+    ]
+    heads = ("approach", "params in compute (95%)", "tokens in compute (95%)")
+    return f'<h2>Three approaches</h2><div class="words">{_table(heads, rows)}</div>' if rows else ""
 
 
 def _corrections(record: Mapping[str, Any]) -> str:
@@ -211,8 +201,10 @@ def _corrections(record: Mapping[str, Any]) -> str:
         for v in record["corrections"]
     ]
     names = ("counted", "runs", "params in compute", "95%", "residual")
-    text = "<p>The exponent of optimal params in compute by the parametric law, where the same runs are counted "
-    "otherwise.</p>"
+    text = (
+        "<p>The exponent of optimal params in compute by the parametric law, where the same runs are counted "
+        "otherwise.</p>"
+    )
     return f'<h2>What counting does</h2>{text}<div class="words">{_table(names, rows)}</div>' if rows else ""
 
 
@@ -245,7 +237,7 @@ def _held_out(held_out: Mapping[str, Any] | None) -> str:
     ]
     names = ("run", "params", "tokens", "measured", "predicted", "error")
     facts = (
-        f"Fitted to {held_out['num_runs']} runs below {held_out['flops']:.3g} FLOPs. Carrying the best loss "
+        f"Fitted to {held_out['num_runs']} runs below {held_out['budgets'][0]:.3g} FLOPs. Carrying the best loss "
         f"of {held_out['carried_flops']:.3g} FLOPs ({held_out['carried_loss']:.4f}) forward is off by "
         f"{held_out['carried_error']:+.4f} on the best held-out run, the law by "
         f"{held_out['best_error']:+.4f}."

@@ -14,6 +14,7 @@ from research.scaling.canvas import BEYOND, BLACK, BLUE, GREEN, GREY, MARKERS, O
 from research.scaling.isoflop import BAND_POINTS, by_budget
 from research.scaling.ladder import short_count
 from research.scaling.laws import BESIROGLU, HOFFMANN, KAPLAN_PARAMS
+from research.scaling.recommend import WITHIN
 from research.scaling.table import ParameterCount, Run
 
 MINIMUM = {"color": VERMILION, "markerfacecolor": "none", "markeredgewidth": 1.6}  # hollow: it may lie upon a run
@@ -145,11 +146,13 @@ def optimal(axes: Any, found: Conclusion, what: str) -> None:
         values.append(value)
         if found.minima is not None:
             span = found.minima.interval(index, what)
-            if span.closed and span.low > 0:
+            if span.closed:
                 axes.plot([curve.flops] * 2, [span.low, span.high], "-", color=VERMILION, linewidth=1)
+            else:
+                axes.axvline(curve.flops, linestyle=":", color=VERMILION, linewidth=1)
         told = f"IsoFLOP minimum at {curve.flops:.3g} FLOPs: {value:,.0f} {what}"
         point(axes, curve.flops, value, "*", says=told, **MINIMUM, markersize=12, zorder=3)
-    axes.plot([], [], "*", **MINIMUM, markersize=10, label="IsoFLOP minimum, 95%")
+    axes.plot([], [], "*", **MINIMUM, markersize=10, label="IsoFLOP minimum, 95% (dotted: no ends)")
     axes.set(xscale="log", yscale="log", xlabel="training compute (FLOPs)")
     limits = (min(values) / 2, max(values) * 2) if values else axes.get_ylim()
     _literature(axes, grid, what)
@@ -189,8 +192,8 @@ def contours(axes: Any, found: Conclusion) -> None:
     lines = axes.contour(x, y, loss, levels=levels, colors="white", linewidths=0.7)
     axes.clabel(lines, fmt="%.2f", fontsize=7.5, colors=BLACK)
     per_token = np.vectorize(found.flops_per_token, otypes=[float])(x)
-    shown = [curve for curve in found.isoflop.curves if len(curve.sizes) > 2][:MOST_NAMED]
-    for curve in shown:
+    shown = [curve for curve in found.isoflop.curves if len(curve.sizes) > 2]
+    for curve in shown[:: -(-len(shown) // MOST_NAMED) or 1]:
         axes.plot(x, curve.flops / per_token, ":", color=GREY, linewidth=0.9)
     if shown:
         axes.plot([], [], ":", color=GREY, linewidth=0.9, label="equal compute")
@@ -212,8 +215,9 @@ def residuals(axes: Any, found: Conclusion) -> None:
     parameters = found.settings.parameters
     ratios = np.log([run.tokens / run.count(parameters) for run in found.runs])
     edges = np.quantile(ratios, [1 / 3, 2 / 3])
-    names = [f"under {math.exp(edges[0]):.2g}", "between", f"over {math.exp(edges[1]):.2g}"]
-    styles = list(zip("v", [BLUE], strict=True)) + [("o", BLACK), ("^", VERMILION)]
+    low, high = (f"{math.exp(edge):.2g}" for edge in edges)
+    names = [f"under {low}", f"{low} to {high}", f"over {high}"]
+    styles = [("v", BLUE), ("o", BLACK), ("^", VERMILION)]
     for run, ratio, residual in zip(found.runs, ratios, found.fit.residuals, strict=True):
         marker, colour = styles[int(np.searchsorted(edges, ratio))]
         told = f"{says(run, parameters)}\n{-residual:+.2%} off the law"
@@ -231,23 +235,26 @@ def residuals(axes: Any, found: Conclusion) -> None:
 def extrapolation(axes: Any, found: Conclusion) -> None:
     """The held-out budget: losses against size as measured, as the fit without it predicts, and the loss that was
     carried forward."""
-    axes.set_title("Extrapolation: the largest budget, held out of the fit")
+    axes.set_title("Extrapolation: held out of the fit")
     test, parameters = found.held_out, found.settings.parameters
     if test is None:
         axes.text(0.5, 0.5, "no held-out test (the remarks say why)", transform=axes.transAxes, ha="center")
         return
     by_name = {run.name: run for run in found.runs}
+    ends = dict.fromkeys(canvas.power(flops) for flops in (test.budgets[0], test.budgets[-1]))
     ordered = sorted(test.predictions, key=lambda p: p.params)
     x = [p.params for p in ordered]
-    axes.plot(x, [p.predicted for p in ordered], "D--", color=VERMILION, markersize=5.5, label="predicted without it")
-    predicted = [p.predicted for p in ordered]
-    axes.fill_between(
-        x, np.multiply(predicted, 0.97), np.multiply(predicted, 1.03), color=VERMILION, **BAND, label="3%"
-    )
+    single = len(test.budgets) == 1  # of several budgets a line would join what does not belong together
+    style, predicted = {"color": VERMILION, "markersize": 5.5}, np.array([p.predicted for p in ordered])
+    axes.plot(x, predicted, "D--" if single else "D", label="predicted without them, within 3%", **style)
+    if single:
+        axes.fill_between(x, predicted * (1 - WITHIN), predicted * (1 + WITHIN), color=VERMILION, **BAND)
+    else:
+        axes.errorbar(x, predicted, predicted * WITHIN, fmt="none", ecolor=VERMILION, elinewidth=1, capsize=3)
     for p in ordered:
         told = f"{says(by_name[p.name], parameters)}\npredicted {p.predicted:.4f} ({p.relative_error:+.2%})"
         point(axes, p.params, p.measured, "o", says=told, color=BLACK, markersize=6, zorder=4)
-    axes.plot([], [], "o", color=BLACK, label=f"measured, {canvas.power(test.flops)} FLOPs")
+    axes.plot([], [], "o", color=BLACK, label="measured, " + " to ".join(ends) + " FLOPs")
     text = f"best of {canvas.power(test.carried_flops)} FLOPs"
     axes.axhline(test.carried_loss, linestyle=":", color=BLUE, linewidth=1.6, label=text)
     axes.set_xscale("log")

@@ -17,51 +17,56 @@ from research.core.types import UserError
 from research.scaling.allocation import FlopsPerToken, optimum
 from research.scaling.fit import Fit, Points, fit_law
 from research.scaling.forms import CHINCHILLA, Form
-from research.scaling.intervals import LEVEL, OPTIMUM, Bootstrap, Interval
+from research.scaling.intervals import Bootstrap, Interval, lines
 from research.scaling.isoflop import IsoFlop, Minima, by_budget
 from research.scaling.table import ParameterCount, Run
 
 WITHIN = 0.03
+WITHIN_RUNS = 1.01  # over the largest budget: no extrapolation yet
 SHARE_OF_CARRYING = 1 / 3
+NEARLY = 1.1  # two sizes that differ by less are as good as one
 FEWEST_HELD_OUT = 3  # runs: where the largest budget has fewer, so are the budgets below it
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A budget's model (params), its tokens and expected loss (nats per token). reach: flops over the
-    largest budget that was run; above 1 it extrapolates, and the sentence says so. intervals: 95%, of "params",
-    "tokens" and "loss", where they are known."""
+    """A budget's model (params), its tokens and expected loss (nats per token; None where it cannot be told). reach:
+    flops over the largest budget that was run; above 1, or for less than smallest_flops, it extrapolates, and the
+    sentence says so. intervals: 95%, of "params", "tokens" and "loss", where they are known. doubt: why it is not to
+    be built on, None where nothing is against it."""
 
     flops: float
     params: float
     tokens: float
-    loss: float
+    loss: float | None
     reach: float
     source: str
     intervals: Mapping[str, Interval] = field(default_factory=dict)
+    smallest_flops: float = 0.0
+    doubt: str | None = None
 
     @property
     def sentence(self) -> str:
         subject = "the law recommends" if self.source == "law" else "the IsoFLOP minima recommend"
-        params, tokens = self._with_interval("params"), self._with_interval("tokens")
         sentence = (
-            f"For {self.flops:.3g} FLOPs ({self.reach:.3g}x the largest budget) {subject} a model of {params} "
-            f"parameters trained on {tokens} tokens ({self.tokens / self.params:.3g} per parameter), with an "
-            f"expected loss of {self._with_interval('loss')} nats per token"
+            f"For {self.flops:.3g} FLOPs ({self.reach:.3g}x the largest budget) {subject} a model of "
+            f"{self._with_interval('params')} parameters trained on {self._with_interval('tokens')} tokens "
+            f"({self.tokens / self.params:.3g} per parameter)"
         )
-        if self.reach > 1.01:
+        if self.loss is not None:
+            sentence += f", with an expected loss of {self._with_interval('loss')} nats per token"
+        if self.reach > WITHIN_RUNS:
             sentence += f"; this extrapolates {self.reach:.3g}x beyond the runs"
-            sentence += "" if self.source == "law" else ", by a power law for the loss that has no floor"
+        if self.flops * WITHIN_RUNS < self.smallest_flops:
+            sentence += f"; this extrapolates to {self.flops / self.smallest_flops:.2g}x the smallest of the runs"
+        if self.doubt is not None:
+            sentence += f"; build nothing on it: {self.doubt}"
         return sentence + "."
 
     def _with_interval(self, name: str) -> str:
         write = "{:.3f}".format if name == "loss" else count_words
         text, interval = write(getattr(self, name)), self.intervals.get(name)
-        if interval is None:
-            return text
-        if not interval.closed:
-            return f"{text} (95%: not identified)"
-        return f"{text} (95%: {write(interval.low)} to {write(interval.high)})"
+        return text if interval is None else f"{text} ({interval.told(write)})"
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,8 @@ class Prediction:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The test on the largest budget (flops). carried_loss: the previous budget's best loss.
+    """The test on the largest budget (flops), or on several where it has few runs (budgets: each). carried_loss: the
+    best loss of the largest budget below.
 
     ratio: the law's absolute error on the best held-out run over that of the carried loss. mean_ratio: the
     same for the mean absolute errors over all held-out runs.
@@ -96,6 +102,7 @@ class HeldOut:
     predictions: tuple[Prediction, ...]
     carried_flops: float
     carried_loss: float
+    budgets: tuple[float, ...]
 
     @property
     def best(self) -> Prediction:
@@ -134,8 +141,11 @@ class HeldOut:
     @property
     def sentence(self) -> str:
         best = self.best
+        which = f"largest budget ({self.flops:.3g} FLOPs)"
+        if len(self.budgets) > 1:
+            which = f"{len(self.budgets)} largest budgets ({self.budgets[0]:.3g} to {self.budgets[-1]:.3g} FLOPs)"
         return (
-            f"Fitted without the largest budget ({self.flops:.3g} FLOPs), the law predicts its "
+            f"Fitted without the {which}, the law predicts its "
             f"{len(self.predictions)} runs within {self.largest_relative_error:.2%} of their loss (3% is "
             f"the standard) and the best of them ({best.name}: {best.measured:.4f}) as "
             f"{best.predicted:.4f}, an error {self.ratio:.2f} times that of carrying the previous budget's "
@@ -152,22 +162,32 @@ def recommend(
     flops: float,
     flops_per_token: FlopsPerToken,
     largest_flops: float,
+    smallest_flops: float = 0.0,
     drawn: Bootstrap | None = None,
+    doubt: str | None = None,
 ) -> Recommendation:
     """The law's compute-optimal model at a budget, with FLOPs per token as a function of params.
 
-    largest_flops: the largest budget of the runs behind the law. drawn: laws of resampled runs, for intervals. Raises
-    UserError where the law has no optimum.
+    largest_flops, smallest_flops: budgets of the runs behind the law. drawn: laws of resampled runs, for intervals.
+    Raises UserError where the law has no optimum.
     """
     best = optimum(law, flops=flops, flops_per_token=flops_per_token)
     intervals = {} if drawn is None else drawn.optimum(flops=flops, flops_per_token=flops_per_token)
-    return Recommendation(flops, best.params, best.tokens, best.loss, flops / largest_flops, "law", intervals)
+    found = (flops, best.params, best.tokens, best.loss, flops / largest_flops, "law", intervals)
+    return Recommendation(*found, smallest_flops=smallest_flops, doubt=doubt)
 
 
 def recommend_from_isoflop(
-    found: IsoFlop, *, flops: float, flops_per_token: FlopsPerToken, largest_flops: float, minima: Minima | None = None
+    found: IsoFlop,
+    *,
+    flops: float,
+    flops_per_token: FlopsPerToken,
+    largest_flops: float,
+    smallest_flops: float = 0.0,
+    minima: Minima | None = None,
 ) -> Recommendation:
-    """The same from the power laws through the IsoFLOP minima: params from its law, tokens from the budget.
+    """The same from the power laws through the IsoFLOP minima: params from its law, tokens from the budget. Beyond the
+    runs no loss: a power law through a few minima has no floor, and lies below any loss that is reached.
 
     minima: resampled ones, for intervals. Raises UserError where fewer than two budgets are bracketed.
     """
@@ -177,25 +197,22 @@ def recommend_from_isoflop(
             "bracket their optimum and 2 are needed; run the sizes that the report names."
         )
     params = float(found.params_law(flops))
-    tokens, loss = flops / flops_per_token(params), float(found.loss_law(flops))
+    tokens, reach = flops / flops_per_token(params), flops / largest_flops
+    loss = float(found.loss_law(flops)) if reach <= WITHIN_RUNS else None
     intervals = {} if minima is None else _isoflop_intervals(found, minima, flops, flops_per_token)
-    return Recommendation(flops, params, float(tokens), loss, flops / largest_flops, "IsoFLOP", intervals)
+    given = (flops, params, float(tokens), loss, reach, "IsoFLOP", intervals)
+    return Recommendation(*given, smallest_flops=smallest_flops)
 
 
 def _isoflop_intervals(
     found: IsoFlop, minima: Minima, flops: float, flops_per_token: FlopsPerToken
 ) -> dict[str, Interval]:
     """Of the power laws through resampled minima, at a budget; tokens from the params and the budget."""
-    good = minima.draws[np.all(np.isfinite(minima.draws), axis=(1, 2))]
-    if len(good) < LEVEL * len(minima.draws):
-        return {name: Interval(-math.inf, math.inf) for name in OPTIMUM}
     x = np.log([curve.flops for curve in found.bracketed])
-    solve = np.linalg.pinv(np.stack([np.ones_like(x), x], axis=1))
-    there = np.einsum("kc,rcq->rkq", solve, good)
-    at = np.exp(there[:, 0] + there[:, 1] * math.log(flops))  # [resamples, (params, tokens, loss)]
-    params, _, loss = (Interval.of(column) for column in at.T)
-    ends = [float(flops / flops_per_token(end)) for end in (params.high, params.low)]
-    return {"params": params, "tokens": Interval(*ends), "loss": loss}
+    columns, here = np.stack([np.ones_like(x), x], axis=1), np.array([1.0, math.log(flops)])
+    params, loss = (Interval.of(np.exp(lines(columns, minima.draws[..., q]) @ here)) for q in (0, 2))
+    ends = [float(flops / flops_per_token(end)) for end in (params.high, params.low)] if params.closed else params
+    return {"params": params, "tokens": Interval(*ends) if params.closed else params, "loss": loss}
 
 
 def which_to_believe(
@@ -206,13 +223,12 @@ def which_to_believe(
     if law is None or isoflop is None:
         return None
     ratio = max(law.params / isoflop.params, isoflop.params / law.params)
-    inside = any(
-        one.intervals["params"].holds(other.params)
-        for one, other in ((law, isoflop), (isoflop, law))
-        if "params" in one.intervals and one.intervals["params"].closed
-    )
-    if inside or (ratio < 1.1):
+    spans = [one.intervals["params"] for one in (law, isoflop) if "params" in one.intervals]
+    closed = len(spans) == 2 and all(span.closed for span in spans)
+    if closed and (spans[0].holds(isoflop.params) or spans[1].holds(law.params)):
         return f"The two agree within their intervals on the model's size (they differ by a factor of {ratio:.2f})."
+    if ratio < NEARLY:
+        return f"The two differ by a factor of {ratio:.2f} on the model's size."
     believed = (
         "go by the law, which passes the held-out test and uses every run; a parabola's minimum is biased where sizes "
         "lie far to one side"
@@ -236,9 +252,17 @@ def hold_out(
             f"The held-out test needs runs at 3 budgets or more, to fit without the largest; there are {len(groups)}."
         )
     *kept, last = groups
-    while len(last) < FEWEST_HELD_OUT and len(kept) > 2:
-        last = kept.pop() + last
-    fit = fit_law(Points.of([run for group in kept for run in group], parameters=parameters), delta=delta, form=form)
+    held = [last]
+    while sum(map(len, held)) < FEWEST_HELD_OUT and len(kept) > 2:
+        held.insert(0, kept.pop())
+    last = [run for group in held for run in group]
+    try:
+        points = Points.of([run for group in kept for run in group], parameters=parameters)
+        fit = fit_law(points, delta=delta, form=form)
+    except UserError as error:
+        raise UserError(
+            f"There is no held-out test, for without the largest budget too little is left: {error}"
+        ) from None
     predictions = tuple(
         Prediction(
             run.name,
@@ -250,7 +274,8 @@ def hold_out(
         for run in last
     )
     carried = min(kept[-1], key=lambda run: run.loss)
-    return HeldOut(_mean_flops(last), fit, predictions, _mean_flops(kept[-1]), float(carried.loss))
+    budgets = tuple(_mean_flops(group) for group in held)
+    return HeldOut(_mean_flops(last), fit, predictions, _mean_flops(kept[-1]), float(carried.loss), budgets)
 
 
 def _mean_flops(runs: list[Run]) -> float:

@@ -120,6 +120,7 @@ def law_record(
         "intervals_95": _plain(found.intervals),
         "profile_intervals_95": _plain(found.profiles),
         "resamples": 0 if found.drawn is None else len(found.drawn),
+        "resamples_lost": 0 if found.drawn is None else found.drawn.lost,
         "exponents": None
         if fit.form.name != "chinchilla"
         else {
@@ -199,6 +200,7 @@ def _fit_record(fit: Fit) -> dict[str, Any]:
 def _held_out_record(test: HeldOut) -> dict[str, Any]:
     return {
         "flops": test.flops,
+        "budgets": list(test.budgets),
         "law": numbers(test.fit.law),
         "convergence": dataclasses.asdict(test.fit.convergence),
         "num_runs": len(test.fit.residuals),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from research.core.types import UserError
-from research.scaling.intervals import Interval
+from research.scaling.intervals import Interval, lines
 from research.scaling.isoflop import by_budget
 from research.scaling.table import Run
 
@@ -74,8 +74,8 @@ class Tuning:
             for rules in (self.by_compute, self.by_size or {}):
                 if name in rules:
                     rule = rules[name]
-                    spans = "; ".join(f"{key} {i.low:.3g} to {i.high:.3g}" for key, i in rule.intervals.items())
-                    lines.append(f"The best {name.replace('_', ' ')} is {rule}{unit} (95%: {spans}).")
+                    spans = "; ".join(f"{key} {i.told('{:.3g}'.format)}" for key, i in rule.intervals.items())
+                    lines.append(f"The best {name.replace('_', ' ')} is {rule}{unit} ({spans}).")
         return tuple(lines)
 
 
@@ -179,22 +179,13 @@ def _rules(found: Sequence[Best], variables: Mapping[str, Sequence[float]]) -> d
     for index, name in enumerate(("learning_rate", "batch_tokens")):
         values = np.log([getattr(b, name) for b in found])
         numbers = solve @ values
-        draws = _resampled(columns, np.stack([b.draws[:, index] for b in found], axis=1))
+        draws = lines(columns, np.stack([b.draws[:, index] for b in found], axis=1))
         first, *others = (Interval.of(column) for column in draws.T)
         spans = [Interval(math.exp(first.low), math.exp(first.high)) if first.closed else first, *others]
         names = ("coefficient", *variables)
         exponents = dict(zip(variables, numbers[1:].tolist(), strict=True))
         rules[name] = Rule(float(np.exp(numbers[0])), exponents, dict(zip(names, spans, strict=True)))
     return rules
-
-
-def _resampled(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The rule of each resample, [RESAMPLES, numbers], by least squares over the optima that it has; NaN where these
-    are too few."""
-    there = np.isfinite(values)
-    used = np.where(there[..., None], columns, 0.0)
-    rules = np.einsum("rkc,rc->rk", np.linalg.pinv(used), np.where(there, values, 0.0))
-    return np.where((np.linalg.matrix_rank(used) == columns.shape[1])[:, None], rules, np.nan)
 
 
 def _cell(best: Best) -> str:

@@ -94,15 +94,20 @@ def test_intervals_are_said(make_study, true_law):
     spend = {"flops": 3e12, "flops_per_token": cost_model(table), "largest_flops": 1e12}
     found, isoflop = recommend(fit.law, **spend, drawn=bootstrap(fit, resamples=300)), fit_isoflop(table)
     other = recommend_from_isoflop(isoflop, **spend, minima=resample(isoflop))
-    for one in (found, other):
-        assert all(one.intervals[name].holds(getattr(one, name)) for name in ("params", "tokens", "loss"))
-        assert one.sentence.count("(95%: ") == 3
+    for one, names in ((found, ("params", "tokens", "loss")), (other, ("params", "tokens"))):
+        assert all(one.intervals[name].holds(getattr(one, name)) for name in names)
+        assert one.sentence.count("(95%: ") == len(names)
+    assert other.loss is None and "expected loss" not in other.sentence  # no floor: nothing is said beyond the runs
+    near = recommend_from_isoflop(isoflop, **spend | {"flops": 1e12}, minima=resample(isoflop))
+    assert near.intervals["loss"].holds(near.loss) and near.sentence.count("(95%: ") == 3
     assert found.intervals["params"].holds(closed_form_optimum(true_law, flops=3e12).params)
     assert "The two agree" in which_to_believe(found, other, None, fit)
     apart = dataclasses.replace(other, params=20 * other.params, intervals={})
     found = dataclasses.replace(found, intervals={})
     passed = hold_out(table)
-    assert "go by the law" in which_to_believe(found, apart, passed, fit) or not passed.passed
+    assert passed.passed and "go by the law" in which_to_believe(found, apart, passed, fit)
+    close = dataclasses.replace(other, params=1.05 * found.params, intervals={})
+    assert which_to_believe(found, close, passed, fit) == "The two differ by a factor of 1.05 on the model's size."
     assert "go by the IsoFLOP minima" in which_to_believe(found, apart, None, fit)
     assert which_to_believe(None, other, None, fit) is None
 

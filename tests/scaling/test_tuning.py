@@ -114,8 +114,8 @@ def test_without_noise_the_rules_are_exact():
 
 def test_rules_in_words(found):
     rate, sized, batch, _ = found.sentences
-    assert rate.startswith("The best learning rate is ") and " flops^-0.1" in rate and "(95%: coefficient " in rate
-    assert " params^-0." in sized and " tokens^0." in sized and " tokens (95%: " in batch
+    assert rate.startswith("The best learning rate is ") and " flops^-0.1" in rate and "(coefficient 95%: " in rate
+    assert " params^-0." in sized and " tokens^0." in sized and " tokens (coefficient 95%: " in batch
 
 
 @pytest.mark.parametrize(
