@@ -269,7 +269,8 @@ def _without_too_good(runs: list[Run]) -> tuple[list[Run], list[str]]:
         best = min(good, key=lambda run: run.loss, default=None)
         if best is None or len(good) < 1 / CONDEMNED:
             return runs, notes
-        above = [r for r in good if r.params >= best.params and r.tokens >= best.tokens]
+        kind = [run for run in good if run.experts == best.experts]
+        above = [run for run in kind if run.params >= best.params and run.tokens >= best.tokens]
         worse = sum(run.loss > best.loss * (1 + WORSE) for run in above)
         if worse <= CONDEMNED * len(good):
             return runs, notes
@@ -296,10 +297,11 @@ def clean(table: Table) -> tuple[Table, tuple[str, ...]]:
     notes += doubtful
     good = [run for run in runs if run.problem is None]
     params, tokens, losses = (np.array([getattr(run, n) for run in good], float) for n in ("params", "tokens", "loss"))
+    experts = np.array([run.experts or 0 for run in good])
     for index, run in enumerate(runs):
         if run.problem is not None:
             continue
-        less = (params <= run.params) & (tokens <= run.tokens)  # the run itself among them
+        less = (params <= run.params) & (tokens <= run.tokens) & (experts == (run.experts or 0))  # itself among them
         better = good[int(np.argmin(np.where(less, losses, np.inf)))]
         if run.loss > better.loss * (1 + WORSE):
             runs[index] = replace(run, status="diverged")

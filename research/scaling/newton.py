@@ -166,7 +166,9 @@ def _lane(form: Form, measure: Measure | None, shared: Any, theta: Any, damping:
         moving = free(theta, here.gradient)
         # the curvature of a level's logarithm holds its gradient: left out where negative, or a small term that wants
         # to grow would need so much damping that everything else stands still
-        matrix = here.newton + damping * here.reweighted + jnp.diag(jnp.where(levels, jnp.maximum(-here.gradient, 0), 0))
+        matrix = (
+            here.newton + damping * here.reweighted + jnp.diag(jnp.where(levels, jnp.maximum(-here.gradient, 0), 0))
+        )
         matrix = jnp.where(moving[:, None] & moving[None, :], matrix, jnp.eye(len(theta)))
         downhill = jnp.where(moving, here.gradient, 0.0)
         change = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(matrix), True), downhill)

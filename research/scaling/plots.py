@@ -117,7 +117,8 @@ def isoflop_curves(axes: Any, found: Conclusion) -> None:
     canvas.plain_counts(axes.xaxis)
     axes.set(xlabel=_name("params", parameters), ylabel="validation loss (nats per token)")
     axes.set_title("IsoFLOP curves and their parabolas (bands: 95%)")
-    axes.legend(loc="best", ncols=1 if len(shown) <= 6 else 2)
+    if shown:
+        axes.legend(loc="best", ncols=1 if len(shown) <= 6 else 2)
 
 
 def optimal(axes: Any, found: Conclusion, what: str) -> None:
@@ -188,9 +189,10 @@ def contours(axes: Any, found: Conclusion) -> None:
     )
     loss = law.loss(params=x[None], tokens=y[:, None])
     levels = np.geomspace(loss.min() * 1.001, loss.max(), 16)
-    axes.contourf(x, y, loss, levels=levels, cmap="viridis_r", alpha=0.55, norm=matplotlib.colors.LogNorm())
-    lines = axes.contour(x, y, loss, levels=levels, colors="white", linewidths=0.7)
-    axes.clabel(lines, fmt="%.2f", fontsize=7.5, colors=BLACK)
+    if levels[-1] > levels[0]:  # not where nothing has an effect
+        axes.contourf(x, y, loss, levels=levels, cmap="viridis_r", alpha=0.55, norm=matplotlib.colors.LogNorm())
+        lines = axes.contour(x, y, loss, levels=levels, colors="white", linewidths=0.7)
+        axes.clabel(lines, fmt="%.2f", fontsize=7.5, colors=BLACK)
     per_token = np.vectorize(found.flops_per_token, otypes=[float])(x)
     shown = [curve for curve in found.isoflop.curves if len(curve.sizes) > 2]
     for curve in shown[:: -(-len(shown) // MOST_NAMED) or 1]:

@@ -57,7 +57,23 @@ def test_no_number_is_nan(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["many", "7 apples", "3 4", "1e", "70Q", "0x10", "3,14", "12,34,567", "1,2345", "B", "1.2.3", "70%"]
+    "text",
+    [
+        "many",
+        "7 apples",
+        "3 4",
+        "1e",
+        "70Q",
+        "0x10",
+        "3,14",
+        "0,125B",
+        "0,500",
+        "12,34,567",
+        "1,2345",
+        "B",
+        "1.2.3",
+        "70%",
+    ],
 )
 def test_other_text_is_no_number(text):
     with pytest.raises(ValueError):
@@ -263,3 +279,30 @@ def test_a_table_of_this_project_says_what_is_lost_where_columns_are_named(tmp_p
     part = columns.read(tmp_path / "table.csv", columns={"params": "non_embedding_params"})
     assert any("is not read" in note for note in part.notes)
     assert [r.params for r in part.table] == [r.non_embedding_params for r in table]
+
+
+GOOD = [(n, d, 1.7 + 400 / n**0.34 + 1500 / d**0.36) for n in (1e7, 3e7, 1e8, 3e8) for d in (1e9, 3e9, 1e10)]
+
+
+def as_csv(rows, head="params,tokens,loss"):
+    return "\n".join([head, *(",".join(f"{value:.10g}" for value in row) for row in rows)])
+
+
+def test_units_of_a_whole_column_are_asked_for_in_its_cells(write):
+    path = write(as_csv([(n / 1e6, d / 1e9, loss) for n, d, loss in GOOD], "Size (M),Tokens (B),loss"))
+    with pytest.raises(UserError, match=r"'Size \(M\)' of .* is in units of M: write its numbers out"):
+        columns.read(path, columns={"params": "Size (M)", "tokens": "Tokens (B)"})
+    found = columns.read(write(as_csv([(n / 1e6, d / 1e6, loss) for n, d, loss in GOOD])))
+    assert "if the numbers are in millions or billions" in told(found)
+    found = columns.read(
+        write(as_csv([(n, d, 6 * n * d / 1e18, loss) for n, d, loss in GOOD], "params,tokens,flops,loss"))
+    )
+    assert "The FLOPs are 1e-18 times 6 params tokens" in told(found) and found.derived is None
+    found = columns.read(write(as_csv(GOOD)))
+    assert found.derived == "flops" and "other units" not in told(found)
+
+
+def test_one_run_that_is_too_good_condemns_no_others(write):
+    found = columns.read(write(as_csv([*GOOD, (1e7, 1e9, 1.2)])))
+    assert "line-14 is left out: its loss 1.2 is more than 10% below" in told(found)
+    assert sum(run.problem is None for run in found.table) == len(GOOD)

@@ -132,3 +132,32 @@ def test_a_quantity_that_many_draws_lack_has_no_interval():
     assert Interval.of(values).closed
     values[:10] = np.nan
     assert not Interval.of(values).closed and Interval(1.0, math.inf).holds(5.0)
+
+
+def one_ratio(seed: int):
+    """Twelve runs of 20 tokens for each parameter: size and tokens cannot be told apart."""
+    params = np.geomspace(1e7, 1e9, 12)
+    noise = 0.002 * np.random.default_rng(seed).standard_normal(12)
+    return Points(params, 20 * params, laws.HOFFMANN.loss(params=params, tokens=20 * params) * np.exp(noise))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_runs_of_one_ratio_give_no_interval_with_ends(seed):
+    fit = fit_law(one_ratio(seed))
+    drawn = bootstrap(fit, resamples=200)
+    assert drawn.lost > 20 and not drawn.optimum(flops=1e21, flops_per_token=six_per_param)["params"].closed
+    assert not all(interval.closed for interval in profile(fit).values())
+
+
+def test_few_runs_are_not_drawn_from(make_study):
+    points = Points.of(make_study(noise=0.003, sizes=6))
+    seven, eight = (fit_law(points.take(np.arange(0, 24, 3)[:n])) for n in (7, 8))
+    assert bootstrap(seven, resamples=10) is None and len(bootstrap(eight, resamples=10)) == 10
+
+
+def test_a_floor_of_zero_is_no_loss_of_a_refit():
+    params = np.geomspace(1e6, 1e9, 8).repeat(4)
+    tokens = params * np.tile([5, 20, 80, 320], 8)
+    loss = laws.Chinchilla(E=0.0, A=20.0, B=40.0, alpha=0.15, beta=0.15).loss(params=params, tokens=tokens)
+    loss = loss * np.exp(0.003 * np.random.default_rng(0).standard_normal(32))
+    assert bootstrap(fit_law(Points(params, tokens, loss)), resamples=200).lost <= 5

@@ -117,3 +117,15 @@ def test_few_runs_at_the_largest_budget_are_joined_by_those_below(make_study):
     few = runs[:-4]  # one of the five at 1e12 is left
     test = hold_out(few)
     assert len(test.predictions) == 6 and test.largest_relative_error < 1e-3
+    assert "Fitted without the 2 largest budgets (3e+11 to 1e+12 FLOPs)" in test.sentence
+    assert "Fitted without the largest budget (1e+12 FLOPs)" in hold_out(runs).sentence
+
+
+def test_a_budget_below_the_runs_is_said_to_be(make_study):
+    table = make_study()
+    spend = {"flops_per_token": cost_model(table), "largest_flops": 1e12, "smallest_flops": 3e10}
+    fit = fit_law(Points.of(table))
+    assert "extrapolates to 0.1x the smallest" in recommend(fit.law, flops=3e9, **spend).sentence
+    assert "extrapolates" not in recommend(fit.law, flops=1e11, **spend).sentence
+    doubted = recommend(fit.law, flops=1e11, **spend, doubt="the fit has not converged")
+    assert doubted.sentence.endswith("; build nothing on it: the fit has not converged.")

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from research.core.types import UserError
@@ -215,6 +216,31 @@ def test_runs_that_hide_something_are_remarked_upon(make_study, tmp_path):
     assert "1 of 20 runs see tokens again, up to 3 times" in said
     assert "not trained with one schedule but with 2" in said and "tokenizer" not in said
     assert json.loads((tmp_path / "law.json").read_text())["conventions"]["schedule"] == "constant; cosine"
+
+
+def test_experts_do_not_stand_among_dense_models(make_study):
+    dense = list(make_study(noise=0.002, sizes=6))
+    routed = [
+        replace(run, name=f"e-{run.name}", experts=8, params=5 * run.params, loss=run.loss * 0.97) for run in dense
+    ]
+    found, alone = (analyse(Table(tuple(runs)), settings=QUICK) for runs in ([*dense, *routed], dense))
+    assert found.fit.law == alone.fit.law and len(found.runs) == len(dense)
+    assert found.excluded["e-" + dense[0].name] == "a model with experts among dense ones"
+    assert any("24 runs of models with experts are left out" in remark for remark in found.remarks)
+
+
+def test_losses_that_nothing_moves_are_no_law_to_build_on(make_study):
+    same = Table(tuple(replace(run, loss=2.5) for run in make_study(sizes=6)))
+    found = analyse(same, settings=Settings(resamples=50, correct=False))
+    assert all(canvas.panels([draw], name="x", columns=1, width=4, height=3) for draw in plots.pictures(found).values())
+    assert found.from_law is None or ("build nothing on it" in found.from_law.sentence and found.drawn.lost == 50)
+
+
+def test_a_band_without_ends_is_not_drawn_as_certain(make_study):
+    found = analyse(make_study(noise=0.002, sizes=6), settings=Settings(resamples=50, correct=False))
+    lost = replace(found.drawn, laws=replace(found.drawn.laws, E=np.full(50, np.nan)), lost=50)
+    low, high = replace(found, drawn=lost).frontier.band("params")
+    assert np.all(low < found.frontier.params / 100) and np.all(high > 100 * found.frontier.params)
 
 
 def test_two_intervals_that_part_are_remarked_upon(make_study):
