@@ -3,7 +3,7 @@
 
 Question:  Which peak learning rate, and how many tokens a step, are best at a budget? (DeepSeek LLM, Bi et al. 2024,
            section 3.1: both follow power laws in compute; Porian et al. 2024 show what happens where they do not.)
-           At three budgets, four learning rates by four batches for a model below and one above the best size;
+           At three budgets, four learning rates by five batches for a model below and one above the best size;
            a quadratic in their logs finds each optimum.
 Command:   lab sweep experiments/lr_batch.py
 Hardware:  two CPU cores, 35 minutes.

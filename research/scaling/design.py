@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from research.core.types import UserError
-from research.scaling import allocation, projection
+from research.scaling import allocation, intervals, projection
 from research.scaling.allocation import FlopsPerToken, optima, optimum
 from research.scaling.fit import Fit, as_law, problem
 from research.scaling.intervals import Bootstrap, Interval
@@ -108,8 +107,9 @@ def propose(
     task = problem(fit.points, form=fit.form, delta=math.inf)
     names = fit.form.inputs
     with jax.enable_x64(True):
-        rows = _gradients(fit.form, fit.theta, task.scale, {n: v for n, v in zip(names, candidates[:2], strict=True)})
-        done = _gradients(fit.form, fit.theta, task.scale, dict(task.inputs))
+        gradients = functools.partial(intervals.predicted, fit.form, fit.theta[None], task.scale)
+        rows = gradients(dict(zip(names, candidates[:2], strict=True)))[1][0]
+        done = gradients(dict(task.inputs))[1][0]
         cost = allocation.as_tree(flops_per_token)
         slope = _slope(fit.form, fit.theta, task.scale, target_flops, cost)
     rows, done, slope = (np.asarray(value) for value in (rows, done, slope))
@@ -188,12 +188,6 @@ def _greedy(
         shares.append(float(gain[pick] / variance))
         left -= flops[pick]
     return chosen, shares
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _gradients(form: Any, theta: Any, scale: Any, inputs: Any) -> jax.Array:
-    """[points, K]: of log predicted loss by theta."""
-    return jax.jacfwd(lambda t: jnp.log(form.law(t, scale).loss(**inputs)))(theta)
 
 
 @functools.partial(jax.jit, static_argnums=0)

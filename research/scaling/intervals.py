@@ -248,7 +248,7 @@ class Profiles:
 
     def residuals(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with jax.enable_x64(True):
-            log_predicted, jacobian = _predicted(self.task.form, theta, self.task.scale, dict(self.task.inputs))
+            log_predicted, jacobian = predicted(self.task.form, theta, self.task.scale, dict(self.task.inputs))
             return np.asarray(log_predicted) - self.log_loss, np.asarray(jacobian)
 
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
@@ -330,7 +330,10 @@ def _measured(form: Any, measure: Measure, theta: Any, scale: Any, at: Any) -> A
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _predicted(form: Any, theta: Any, scale: Any, inputs: Mapping[str, Any]) -> Any:
+def predicted(form: Any, theta: Any, scale: Any, inputs: Mapping[str, Any]) -> Any:
+    """Log of the predicted loss of each theta [S, K] at each point, [S, points], and its derivatives by theta,
+    [S, points, K]."""
+
     def one(theta: Any) -> Any:
         return jnp.log(form.law(theta, scale).loss(**inputs))
 
