@@ -120,10 +120,10 @@ def test_three_sizes_have_no_residuals(make_study):
 def test_a_parabola_is_biased_even_without_noise_and_the_law_is_not(make_study, true_law):
     """The farther the sizes reach, the farther its vertex lies from the law's optimum, on which the fit stands."""
     best, off = closed_form_optimum(true_law, flops=1e12).params, []
-    for spread in (2.0, 8.0):
+    for spread in (2.0, 16.0):
         table = make_study(spread=spread, sizes=9)
         (curve,) = [curve for curve in fit_isoflop(table).curves if curve.flops > 9e11]
         off.append(abs(math.log(curve.params / best)))
         fitted = closed_form_optimum(fit_law(Points.of(table)).law, flops=1e12)
         assert fitted.params == pytest.approx(best, rel=1e-4)
-    assert off[1] > 0.02 and off[1] > 2 * off[0]
+    assert off[1] > 0.02 > 5 * off[0]
