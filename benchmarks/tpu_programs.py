@@ -6,8 +6,8 @@
 Needs libtpu and no TPU. Each program is compiled in a process of its own (a minute or a few). Weights and Adam moments
 are float32, products bfloat16, layers scanned, attention by the splash kernels. Memory and traffic are those of one
 chip; of a kind of collective the table says the bytes of one turn of each loop times its trips. FLOPs are the analytic
-ones of one step, per chip (``research.scaling.cost``: full squares of attention scores, no recomputation); bytes
-accessed are XLA's, which counts the body of a loop once.
+ones of one step, per chip (``research.scaling.cost``: full squares of attention scores, no recomputation); beside them
+those of the compiled program, recomputation and kernels in them, and its bytes of HBM (``research.core.hlo_cost``).
 """
 
 import argparse
@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from research.core import hlo_cost
 from research.core.hlo import BETWEEN, KINDS, Program
 from research.core.sharding import MeshSpec
 from research.core.types import Precision, UserError
@@ -139,15 +140,17 @@ def measure(name: str) -> dict[str, Any]:
     begun = time.perf_counter()
     compiled = ahead.compile_step(experiment, planned.topology, slices=planned.slices)
     seconds = time.perf_counter() - begun
-    memory, program, costs = compiled.memory_analysis(), Program(compiled.as_text()), compiled.cost_analysis()
-    assert memory is not None and costs is not None
+    memory, program = compiled.memory_analysis(), Program(compiled.as_text())
+    counts = hlo_cost.count(program)
+    assert memory is not None
     return {
         "name": name,
         "peak_bytes": memory.peak_memory_in_bytes,
         "state_bytes": memory.argument_size_in_bytes,
         "aliased_bytes": memory.alias_size_in_bytes,
         "flops": experiment.flops_per_token * planned.tokens,
-        "bytes_accessed": costs["bytes accessed"],
+        "compiled_flops": counts.all_flops,
+        "hbm_bytes": counts.hbm_bytes,
         "traffic": program.traffic(),
         "collectives": [(c.kind, c.bytes, c.runs) for c in program.collectives()],
         "kernels": program.kernels(),
@@ -183,13 +186,14 @@ def main() -> None:
         except UserError as error:
             raise SystemExit(str(error)) from None
         return
-    heads = ("program", "peak GiB", "state GiB", "TFLOPs", "GB accessed", *(f"{kind} GB" for kind in COLUMNS))
+    heads = ("program", "peak GiB", "state GiB", "TFLOPs", "compiled", "HBM GB", *(f"{kind} GB" for kind in COLUMNS))
     print(f"| {' | '.join(heads)} | seconds |\n{'|---' * (len(heads) + 1)}|")
     notes = []
     for name in options.names:
         found = run(name)
         cells = [f"{found[key] / 2**30:.2f}" for key in ("peak_bytes", "state_bytes")]
-        cells += [f"{found['flops'] / 1e12:.1f}", f"{found['bytes_accessed'] / 1e9:.1f}"]
+        cells += [f"{found[name] / 1e12:.1f}" for name in ("flops", "compiled_flops")]
+        cells += [f"{found['hbm_bytes'] / 1e9:.1f}"]
         cells += [moved(found["collectives"], kind) for kind in COLUMNS]
         print(f"| {name} | {' | '.join(cells)} | {found['seconds']:.0f} |", flush=True)
         notes.append(f"{name}: libtpu {found['libtpu']}; kernels a step {found['kernels']}")

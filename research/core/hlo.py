@@ -37,7 +37,7 @@ class Collective:
 
 
 @dataclass(frozen=True)
-class _Instruction:
+class Instruction:
     name: str
     type: str
     opcode: str
@@ -58,7 +58,7 @@ class _Instruction:
         return found[1] if found else ""
 
 
-_Computation = dict[str, _Instruction]
+_Computation = dict[str, Instruction]
 
 
 class Program:
@@ -74,7 +74,7 @@ class Program:
                 self.entry = header[2] if header[1] else self.entry
             elif (found := _INSTRUCTION.match(line)) and (typed := _OPCODE.match(found[3])):
                 rest = found[3][typed.end() :]
-                current[found[2]] = _Instruction(found[2], typed[1], typed[2], rest, bool(found[1]))
+                current[found[2]] = Instruction(found[2], typed[1], typed[2], rest, bool(found[1]))
         self._busy: dict[str, bool] = {}
 
     def collectives(self) -> list[Collective]:
@@ -100,11 +100,11 @@ class Program:
         """How often each Pallas kernel for TPUs is run, by its name."""
         total: Counter[str] = Counter()
         for _, _, instruction, runs in self._walk(self.entry, 1, self.entry):
-            if _is_kernel(instruction):
-                total[re.sub(r"(\.\d+|\.clone)+$", "", instruction.name)] += runs
+            if is_kernel(instruction):
+                total[plain_name(instruction)] += runs
         return dict(total)
 
-    def _kind(self, instruction: _Instruction, place: str) -> str | None:
+    def _kind(self, instruction: Instruction, place: str) -> str | None:
         """The kind of a collective; of an asynchronous pair the end counts, whose type is that of the result."""
         opcode = instruction.opcode
         if opcode == "send" and "xla_megascale_runtime" in instruction.rest:
@@ -114,7 +114,7 @@ class Program:
             return "reduce-scatter"
         return opcode if opcode in KINDS else None
 
-    def _bytes(self, kind: str, instruction: _Instruction, place: str) -> int:
+    def _bytes(self, kind: str, instruction: Instruction, place: str) -> int:
         if kind not in ("reduce-scatter", "ragged-all-to-all", BETWEEN):
             return size(instruction.type)
         operands = [self.computations[place].get(name) for name in instruction.operands]
@@ -122,7 +122,7 @@ class Program:
         # of a ragged one, what there is to send at most; the room for it may be larger on one side
         return min(size(instruction.type), *sizes[:1]) if kind == "ragged-all-to-all" else sum(sizes)
 
-    def _walk(self, place: str, runs: int, frame: str) -> Iterator[tuple[str, str, _Instruction, int]]:
+    def _walk(self, place: str, runs: int, frame: str) -> Iterator[tuple[str, str, Instruction, int]]:
         """(loop body, computation, instruction, how often it is run), through loops, fusions and calls."""
         for instruction in self.computations.get(place, {}).values():
             yield frame, place, instruction, runs
@@ -131,39 +131,56 @@ class Program:
                 if self._is_busy(body):
                     yield from self._walk(body, runs * self._trips(instruction, place), f"{frame}/{instruction.name}")
             elif not instruction.opcode.endswith("-done"):  # its start has been followed
-                for called in _called(instruction):
-                    yield from self._walk(called, runs, frame)
+                for inner in called(instruction):
+                    yield from self._walk(inner, runs, frame)
+
+    def walk_all(self, unknown: list[str], place: str = "", runs: int = 1) -> Iterator[tuple[str, Instruction, int]]:
+        """(computation, instruction, how often it is run) of everything; ``unknown`` takes the names of loops whose
+        trips are not in the text, which count once."""
+        place = place or self.entry
+        for instruction in self.computations.get(place, {}).values():
+            yield place, instruction, runs
+            if instruction.opcode == "while":
+                try:
+                    trips = self._trips(instruction, place)
+                except (ValueError, KeyError):
+                    trips = 1
+                    unknown.append(instruction.name)
+                yield from self.walk_all(unknown, instruction.attribute("body"), runs * trips)
+            elif not instruction.opcode.endswith("-done"):  # its start has been followed
+                for inner in called(instruction):
+                    yield from self.walk_all(unknown, inner, runs)
 
     def _is_busy(self, place: str) -> bool:
         """Whether there is anything to count below: only then do a loop's trips matter."""
         if place not in self._busy:
             self._busy[place] = False
             for instruction in self.computations.get(place, {}).values():
-                inner = [*_called(instruction), instruction.attribute("body")]
-                here = self._kind(instruction, place) is not None or _is_kernel(instruction)
+                inner = [*called(instruction), instruction.attribute("body")]
+                here = self._kind(instruction, place) is not None or is_kernel(instruction)
                 if here or any(self._is_busy(name) for name in inner if name):
                     self._busy[place] = True
                     break
         return self._busy[place]
 
-    def _trips(self, loop: _Instruction, place: str) -> int:
+    def _trips(self, loop: Instruction, place: str) -> int:
         """What the compiler noted, or what the condition says: a counter below a constant."""
         if noted := re.search(r'known_trip_count\D*"?n"?\D*(\d+)', loop.rest):
             return int(noted[1])
         condition, body = (self.computations[loop.attribute(name)] for name in ("condition", "body"))
-        test = _root(condition)
-        while test.opcode in ("fusion", "call") and (called := _called(test)):
-            test = _root(self.computations[called[0]])
+        test = root(condition)
+        while test.opcode in ("fusion", "call") and (inner := called(test)):
+            test = root(self.computations[inner[0]])
         limits = [i for i in condition.values() if i.opcode == "constant"]
         counters = [i for i in condition.values() if i.opcode == "get-tuple-element"]
         if test.opcode != "compare" or test.attribute("direction") != "LT" or len(limits) != 1 or len(counters) != 1:
             raise ValueError(f"The program does not say how often {loop.name} runs.")
         index, here = int(counters[0].attribute("index")), self.computations[place]
         start = _constant(_element(here, loop.operands[0], index), here)
-        step = _step(_element(body, _root(body).name, index), body)
+        step = _step(_element(body, root(body).name, index), body)
         if start is None or step is None:
             raise ValueError(f"The program does not say how often {loop.name} runs.")
-        return math.ceil((_literal(limits[0]) - start) / step)
+        return math.ceil((literal(limits[0]) - start) / step)
 
 
 def size(type_text: str) -> int:
@@ -175,20 +192,31 @@ def size(type_text: str) -> int:
     return total
 
 
-def _is_kernel(instruction: _Instruction) -> bool:
+def dims(type_text: str) -> list[int]:
+    """Of the first array in an HLO type."""
+    found = _ARRAY.search(type_text)
+    return [int(n) for n in found[2].split(",") if n] if found else []
+
+
+def plain_name(instruction: Instruction) -> str:
+    """Without the numbers that tell copies apart."""
+    return re.sub(r"(\.\d+|\.clone)+$", "", instruction.name)
+
+
+def is_kernel(instruction: Instruction) -> bool:
     return instruction.opcode == "custom-call" and instruction.attribute("custom_call_target") == "tpu_custom_call"
 
 
-def _called(instruction: _Instruction) -> list[str]:
+def called(instruction: Instruction) -> list[str]:
     branches = _BRANCHES.findall(instruction.rest)
     return _CALLED.findall(instruction.rest) + [name.strip(" %") for group in branches for name in group.split(",")]
 
 
-def _root(computation: _Computation) -> _Instruction:
+def root(computation: _Computation) -> Instruction:
     return next(i for i in computation.values() if i.root)
 
 
-def _element(computation: _Computation, name: str, index: int) -> _Instruction | None:
+def _element(computation: _Computation, name: str, index: int) -> Instruction | None:
     """Element ``index`` of a tuple that is put together in the computation."""
     whole = computation.get(name)
     if whole is None or whole.opcode != "tuple" or index >= len(whole.operands):
@@ -196,17 +224,17 @@ def _element(computation: _Computation, name: str, index: int) -> _Instruction |
     return computation.get(whole.operands[index])
 
 
-def _literal(constant: _Instruction) -> int:
+def literal(constant: Instruction) -> int:
     return int(constant.rest.split(")")[0])
 
 
-def _constant(instruction: _Instruction | None, computation: _Computation) -> int | None:
+def _constant(instruction: Instruction | None, computation: _Computation) -> int | None:
     while instruction is not None and instruction.opcode in ("copy", "convert", "bitcast"):
         instruction = computation.get(instruction.operands[0])
-    return _literal(instruction) if instruction is not None and instruction.opcode == "constant" else None
+    return literal(instruction) if instruction is not None and instruction.opcode == "constant" else None
 
 
-def _step(instruction: _Instruction | None, body: _Computation) -> int | None:
+def _step(instruction: Instruction | None, body: _Computation) -> int | None:
     """What the body adds to a loop's counter, where it is a constant."""
     if instruction is None or instruction.opcode != "add":
         return None

@@ -22,9 +22,6 @@ from research.core.types import UserError
 from research.train.experiment import Experiment
 from research.train.start import Program, check_fits
 
-# Memory of one chip in bytes, by the first part of a topology's name (cloud.google.com/tpu/docs/v5e and so on).
-HBM = {"v4": 32e9, "v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
-
 
 def topology_devices(name: str, *, slices: int = 1) -> list[Any]:
     """The devices of a TPU topology such as "v5e:16x16" or "v5p:4x4x4", to compile for; of several such slices that

@@ -14,18 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from research.core.chips import CHIPS
 from research.core.files import write_atomically
 
 # Peak dense bfloat16 FLOP/s of one device as JAX counts devices (a chip; on v4 and v5p both cores of a chip),
-# by ``device_kind``. TPU: cloud.google.com/tpu/docs/system-architecture-tpu-vm; NVIDIA: the products' data sheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
+# by ``device_kind``. NVIDIA: the products' data sheets.
+PEAK_FLOPS = {kind: chip.peak_flops for chip in CHIPS.values() for kind in chip.kinds} | {
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
