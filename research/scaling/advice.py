@@ -51,6 +51,7 @@ class Advice:
     scarce: Allocation | None
     experts: Experts
     found: Conclusion
+    unique_tokens: float | None = None
 
     def tokens_of(self, params: int) -> float:
         """What the training FLOPs buy a model of so many params."""
@@ -58,16 +59,19 @@ class Advice:
 
     def as_built(self, params: int) -> str:
         """What the law expects of a model that can be built, on the same budget, against the best size."""
-        law, cost = self.found.fit.law, self.found.flops_per_token
+        bound, others = constrained, {"unique_tokens": self.unique_tokens}
+        if self.unique_tokens is None:
+            bound, others = lambda law: law, {}
+        law, cost = bound(self.found.fit.law), self.found.flops_per_token
         tokens = self.tokens_of(params)
-        loss = float(law.loss(params=float(params), tokens=tokens))
-        best = float(law.loss(params=self.params, tokens=self.train_flops / float(cost(self.params))))
+        loss = float(law.loss(params=float(params), tokens=tokens, **others))
+        best = float(law.loss(params=self.params, tokens=self.train_flops / float(cost(self.params)), **others))
         text = (
             f"Built so, {self.train_flops:.3g} FLOPs train it on {count_words(tokens)} tokens to an expected {loss:.3f}"
         )
         if self.found.drawn is not None:
             drawn = self.found.drawn
-            span = Interval.of(drawn.laws.loss(params=float(params), tokens=tokens))
+            span = drawn.interval(bound(drawn.laws).loss(params=float(params), tokens=tokens, **others))
             text += f" ({span.told('{:.3f}'.format)})"
         return f"{text} nats per token, {loss - best:+.4f} against the size asked for."
 
@@ -93,7 +97,7 @@ def advise(found: Conclusion, *, served: float | None = None, unique_tokens: flo
     sentences.append(
         f"To be built: the {built} model, {count_words(params)} parameters for {train:.3g} training FLOPs."
     )
-    return Advice(params, train, tuple(sentences), lifetime, scarce, experts, found)
+    return Advice(params, train, tuple(sentences), lifetime, scarce, experts, found, unique_tokens)
 
 
 def _scarce(found: Conclusion, best: Allocation, unique_tokens: float) -> tuple[Allocation, str]:
@@ -126,7 +130,7 @@ def _served(found: Conclusion, served: float, unique_tokens: float | None) -> tu
     if found.drawn is not None:
         laws = bound(found.drawn.laws)
         served_by = lifetime_optima(laws, flops=found.target_flops, served=served, **spend)
-        span = Interval.of(served_by.params)
+        span = found.drawn.interval(served_by.params)
     if unique_tokens is not None:
         epochs = f" ({best.tokens / unique_tokens:.2g} epochs of {count_words(unique_tokens)})"
         reached = "the loss of the best model for that corpus"

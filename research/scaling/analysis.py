@@ -61,24 +61,23 @@ class Settings:
 
 @dataclass(frozen=True)
 class Frontier:
-    """The law's optimum against compute, arrays [BUDGETS], and its resamples': [resamples, BUDGETS]; None without."""
+    """The law's optimum against compute, arrays [BUDGETS], and its resamples': [resamples, BUDGETS]; None without.
+    bootstrap: where these are from."""
 
     flops: np.ndarray
     params: np.ndarray
     tokens: np.ndarray
     loss: np.ndarray
     drawn: Allocation | None
+    bootstrap: Bootstrap | None
 
     def band(self, what: str) -> tuple[np.ndarray, np.ndarray]:
         """(low, high) of the 95% interval, beyond any picture where it has no end; the line itself without draws."""
         line = getattr(self, what)
-        if self.drawn is None:
+        if self.drawn is None or self.bootstrap is None:
             return line, line
-        spans = [Interval.of(column) for column in getattr(self.drawn, what).T]
-        ends = [
-            (span.low, span.high) if span.closed else (at / BEYOND, at * BEYOND)
-            for span, at in zip(spans, line, strict=True)
-        ]
+        spans = [self.bootstrap.interval(column) for column in getattr(self.drawn, what).T]
+        ends = [(max(span.low, at / BEYOND), min(span.high, at * BEYOND)) for span, at in zip(spans, line, strict=True)]
         return tuple(np.transpose(ends))
 
 
@@ -132,7 +131,7 @@ class Conclusion:
         if not np.all(np.isfinite(best.params)):
             return None
         drawn = self.drawn and self.drawn.optima(flops=flops, flops_per_token=self.flops_per_token)
-        return Frontier(flops, best.params, best.tokens, best.loss, drawn)
+        return Frontier(flops, best.params, best.tokens, best.loss, drawn, self.drawn)
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -246,7 +245,7 @@ def _intervals(fit: Fit, drawn: Bootstrap) -> dict[str, Interval]:
     found = drawn.numbers()
     if fit.form == CHINCHILLA:
         slope = drawn.laws.params_in_compute
-        found |= dict(zip(EXPONENTS, (Interval.of(slope), Interval.of(1 - slope)), strict=True))
+        found |= dict(zip(EXPONENTS, (drawn.interval(slope), drawn.interval(1 - slope)), strict=True))
     return found
 
 
@@ -276,8 +275,13 @@ def _second_opinion(profiles: Mapping[str, Interval], fit: Fit, drawn: Bootstrap
     outside = [name for name, value in numbers(fit.law).items() if name in profiles and not profiles[name].holds(value)]
     if drawn is not None and drawn.lost > len(drawn) * intervals.TAIL / 100:
         said.append(
-            f"{drawn.lost / len(drawn):.0%} of the bootstrap's refits did not converge or ended at a bound of their "
-            "search: these runs do not determine the law, and its intervals have no ends."
+            f"{drawn.lost / len(drawn):.0%} of the bootstrap's refits did not converge: these runs do not determine "
+            "the law, and its intervals have no ends."
+        )
+    elif drawn is not None and drawn.astray is not None and drawn.astray.mean() > intervals.TAIL / 100:
+        said.append(
+            f"{drawn.astray.mean():.0%} of the bootstrap's refits ended at a bound of their search: an interval's end "
+            "that rests on them is left open."
         )
     elif outside and fit.convergence.converged:
         said.append(

@@ -107,6 +107,6 @@ def compare(
             continue
         seen.append(counted)
         drawn = bootstrap(fit, resamples=resamples)
-        interval = None if drawn is None else Interval.of(drawn.laws.params_in_compute)
+        interval = None if drawn is None else drawn.interval(drawn.laws.params_in_compute)
         variants.append(Variant(name, correction, len(counted), fit, float(fit.law.params_in_compute), interval))
     return tuple(variants), tuple(notes)

@@ -21,13 +21,14 @@ from research.scaling import allocation
 from research.scaling.allocation import Allocation, FlopsPerToken
 from research.scaling.fit import FEWEST_VALUES, GRADIENT, Fit, as_law, fit_law, problem
 from research.scaling.laws import numbers
-from research.scaling.newton import BLOCK, QUICKLY_COMPILED, Measure, Problem, Pull
+from research.scaling.newton import BLOCK, QUICKLY_COMPILED, Measure, Problem, Pull, Solved
 
 LEVEL = 0.95
 TAIL = 100 * (1 - LEVEL) / 2  # percent
 SPACING, FARTHEST = 0.35, 5.25  # of the profile's points, in standard errors of the quantity
 WIDER = 5.0  # how much farther a second look goes, where the first did not find an end
 MORE_RUNS = 2  # than a fit needs: with fewer a bootstrap's intervals hold the truth too seldom (.75 where .95 is said)
+TRIES, MANY_LOST = 8, 0.25  # starts of a refit that did not converge; share of them beyond which none is begun again
 LOOSE = 1e-4  # gradient of a profile's lane that does not count, in ``Solved.gradient``'s measure
 STIFF = 100.0  # the pull's weight over what the quantity's own curve has
 
@@ -105,21 +106,30 @@ EXPONENTS = ("params_in_compute", "tokens_in_compute")
 @dataclass(frozen=True)
 class Bootstrap:
     """Laws fitted to resampled runs: one law whose numbers are arrays, [resamples]. lost: how many of them are NaN, for
-    their refits did not converge or ended at a bound of the search."""
+    their refits did not converge. astray: which stand at a bound of the search, [resamples]."""
 
     laws: Any
     lost: int = 0
+    astray: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(next(iter(numbers(self.laws).values())))
 
+    def interval(self, values: Any) -> Interval:
+        """Of a quantity with these values [resamples]. An end that mostly rests on refits at a bound is left open."""
+        found, values = Interval.of(values), np.asarray(values, float)
+        if self.astray is None or not self.astray.any() or not found.closed:
+            return found
+        low, high = (self.astray[side].mean() > 0.5 for side in (values <= found.low, values >= found.high))
+        return Interval(-math.inf if low else found.low, math.inf if high else found.high)
+
     def numbers(self) -> dict[str, Interval]:
-        return {name: Interval.of(values) for name, values in numbers(self.laws).items()}
+        return {name: self.interval(values) for name, values in numbers(self.laws).items()}
 
     def optimum(self, *, flops: float, flops_per_token: FlopsPerToken, **others: Any) -> dict[str, Interval]:
         """Intervals of the optimal params and tokens of a budget, and of the loss there."""
         found = self.optima(flops=np.array([flops]), flops_per_token=flops_per_token, **others)
-        return {name: Interval.of(getattr(found, name)[:, 0]) for name in OPTIMUM}
+        return {name: self.interval(getattr(found, name)[:, 0]) for name in OPTIMUM}
 
     def optima(self, *, flops: np.ndarray, flops_per_token: FlopsPerToken, **others: Any) -> Allocation:
         """Arrays [resamples, budgets]."""
@@ -146,11 +156,29 @@ def bootstrap(fit: Fit, *, resamples: int = 4000, seed: int = 0, seed_noise: flo
         spread = seed_noise / np.sqrt(np.maximum(counts, 1))  # a run drawn k times carries k seeds' mean
         log_loss = log_loss + spread * generator.standard_normal(counts.shape)
     solved = task.solve(np.tile(fit.theta, (len(counts), 1)), log_loss=log_loss, weights=counts)
-    lost = (solved.gradient > GRADIENT) | fit.form.astray(solved.theta, task.low, task.high)
+    solved = _again(task, solved, log_loss, counts, seed)
+    lost, astray = solved.gradient > GRADIENT, fit.form.astray(solved.theta, task.low, task.high)
     if not fit.convergence.converged or fit.form.astray(fit.theta, task.low, task.high):
         lost[:] = True
     theta = np.where(lost[:, None], np.nan, solved.theta)
-    return Bootstrap(as_law(fit.form, theta, task.scale), int(lost.sum()))
+    return Bootstrap(as_law(fit.form, theta, task.scale), int(lost.sum()), astray)
+
+
+def _again(task: Problem, solved: Solved, log_loss: np.ndarray, weights: np.ndarray, seed: int) -> Solved:
+    """With the refits that crawled along a valley begun again from places around where they stopped; not where they
+    are most of them, for then the valley is the data's."""
+    lost = np.nonzero(solved.gradient > GRADIENT)[0]
+    if not 0 < len(lost) <= MANY_LOST * len(weights):
+        return solved
+    lanes = lost.repeat(TRIES)
+    jitter = 0.05 * np.random.default_rng([seed, 2]).standard_normal((len(lanes), solved.theta.shape[1]))
+    losses = np.broadcast_to(log_loss, weights.shape)[lanes]
+    tried = task.solve(solved.theta[lanes] + jitter, log_loss=losses, weights=weights[lanes])
+    score = np.where(tried.gradient <= GRADIENT, tried.objective, np.inf).reshape(-1, TRIES)
+    chosen = np.arange(len(lost)) * TRIES + np.argmin(score, axis=1)
+    theta, objective, gradient = solved.theta.copy(), solved.objective.copy(), solved.gradient.copy()
+    theta[lost], objective[lost], gradient[lost] = tried.theta[chosen], tried.objective[chosen], tried.gradient[chosen]
+    return Solved(theta, objective, gradient, solved.steps + tried.steps)
 
 
 def draws(fit: Fit, *, resamples: int, seed: int = 0) -> np.ndarray | None:

@@ -146,7 +146,7 @@ def _law(record: Mapping[str, Any]) -> str:
     text = f'<h2>The law</h2><p class="law">{_text(record["law"]["form"])}</p>{intervals}{at if optimum else ""}'
     if record["resamples"]:
         lost = record["resamples_lost"]
-        lost = f"; {lost:,} refits did not converge or ended at a bound" if lost else ""
+        lost = f"; {lost:,} refits did not converge" if lost else ""
         text += f"<p>The bootstrap drew {record['resamples']:,} times from the runs{lost}.</p>"
     if record["profile_intervals_95"]:
         text += "<p>The profile takes errors of log loss as normal: its middle is the fit of least squares.</p>"

@@ -39,6 +39,14 @@ def test_a_model_that_is_built_is_a_little_worse_than_the_best(found):
     assert advice.tokens_of(round(advice.params)) == pytest.approx(found.from_law.tokens, rel=1e-3)
 
 
+def test_what_is_built_is_judged_on_the_corpus_there_is(found):
+    unique = found.from_law.tokens / 20
+    advice = advise(found, unique_tokens=unique)
+    expected = advice.as_built(round(advice.params)).split("expected ")[1].split(" ")[0]
+    assert float(expected) == pytest.approx(advice.scarce.loss, abs=1e-3)
+    assert advice.scarce.loss > found.from_law.loss + 0.01
+
+
 def test_experts_pay_until_a_doubling_is_worth_too_little():
     experts = experts_that_pay(3e8)
     worth = dict(experts.worth)

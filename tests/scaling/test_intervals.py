@@ -11,7 +11,7 @@ from research.core.types import UserError
 from research.scaling import forms, intervals, laws
 from research.scaling.allocation import as_tree, six_per_param
 from research.scaling.fit import Points, fit_law
-from research.scaling.intervals import OPTIMUM, Interval, bootstrap, draws, profile
+from research.scaling.intervals import OPTIMUM, Bootstrap, Interval, bootstrap, draws, profile
 
 BUDGET = {"flops": 1e21, "cost": as_tree(six_per_param), "others": {}}
 
@@ -142,10 +142,12 @@ def one_ratio(seed: int):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_runs_of_one_ratio_give_no_interval_with_ends(seed):
+def test_runs_of_one_ratio_give_no_tight_interval(seed):
     fit = fit_law(one_ratio(seed))
     drawn = bootstrap(fit, resamples=200)
-    assert drawn.lost > 20 and not drawn.optimum(flops=1e21, flops_per_token=six_per_param)["params"].closed
+    span = drawn.optimum(flops=1e21, flops_per_token=six_per_param)["params"]
+    truth = 3.5e9  # of this law at 1e21
+    assert not span.closed or (span.holds(truth) and span.high > 3 * span.low)
     assert not all(interval.closed for interval in profile(fit).values())
 
 
@@ -161,3 +163,19 @@ def test_a_floor_of_zero_is_no_loss_of_a_refit():
     loss = laws.Chinchilla(E=0.0, A=20.0, B=40.0, alpha=0.15, beta=0.15).loss(params=params, tokens=tokens)
     loss = loss * np.exp(0.003 * np.random.default_rng(0).standard_normal(32))
     assert bootstrap(fit_law(Points(params, tokens, loss)), resamples=200).lost <= 5
+
+
+def test_an_end_that_rests_on_refits_at_a_bound_is_open():
+    values, astray = np.linspace(1, 2, 100), np.arange(100) < 8
+    drawn = Bootstrap(laws.Chinchilla(*np.ones((5, 100))), astray=astray)
+    assert drawn.interval(values).low == -math.inf and drawn.interval(values).high == Interval.of(values).high
+    assert drawn.interval(-values).high == math.inf
+    scattered = Bootstrap(drawn.laws, astray=np.arange(100) % 12 == 0)
+    assert scattered.interval(values) == Interval.of(values)
+
+
+def test_refits_of_few_runs_converge(make_study):
+    """Eighteen runs with 1% of noise: a tenth of the refits would crawl along a valley of the Huber loss."""
+    points = Points.of(make_study(noise=0.01, seed=4, budgets=(3e10, 1e11, 3e11), sizes=6))
+    drawn = bootstrap(fit_law(points), resamples=500)
+    assert drawn.lost <= 5
