@@ -94,7 +94,7 @@ def _from_study(planned: Sequence[Planned], like: Like) -> str:
     path = Path(file).resolve()
     inside = path.is_relative_to(Path.cwd())
     where = quoted(str(path.relative_to(Path.cwd()) if inside else path))
-    calls, seeds = [], _seeds(planned)
+    calls, seeds = [], _seeds(planned, [experiment.model for experiment in like.study.experiments.values()])
     for run in planned:
         m = run.model
         calls.append(
@@ -131,12 +131,12 @@ def sweep() -> dict[str, Experiment]:
 """
 
 
-def _seeds(planned: Sequence[Planned]) -> dict[str, int]:
-    """A seed for each run, so that one that is made again is another run."""
+def _seeds(planned: Sequence[Planned], made: Sequence[Decoder] = ()) -> dict[str, int]:
+    """A seed for each run, so that one made again, or of a model that has been trained (``made``), is another run."""
     seen: dict[tuple[Decoder, float], int] = {}
     found = {}
     for run in planned:
-        found[run.name] = seen.get((run.model, run.flops), 0)
+        found[run.name] = seen.get((run.model, run.flops), int(run.model in made))
         seen[(run.model, run.flops)] = found[run.name] + 1
     return found
 

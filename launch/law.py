@@ -129,33 +129,46 @@ def fit(options: argparse.Namespace) -> int:
 
 
 def recommend(options: argparse.Namespace) -> int:
-    for name in ("served", "unique_tokens"):
-        tokens = getattr(options, name)
-        if tokens is not None and not (math.isfinite(tokens) and tokens > 0):
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} must be a positive number of tokens; given {tokens:g}.")
+    served, unique = (token_count(options, name) for name in ("served", "unique_tokens"))
     asked, loaded = replace(settings(options), correct=False), load(options)
     family = chosen_family(loaded, options.family)
     path = experiment_file.checked(options.out or options.runs / "recommended.py")
     found = analyse(loaded.table, settings=asked)
     print("\n".join((*loaded.notes, *found.sentences)))
-    advice = advise(found, served=options.served, unique_tokens=options.unique_tokens)
+    advice = advise(found, served=served, unique_tokens=unique)
     print("\n".join(advice.sentences))
     model = buildable.nearest(family, params=advice.params, parameters=options.parameters)
     size = buildable.count(model, parameters=options.parameters)
-    print(f"The nearest model of the {family.name} family that can be built: {buildable.describe(model)}.")
+    counted = "" if options.parameters == "total" else f" ({size:,} {options.parameters.replace('_', ' ')} ones)"
+    print(f"The nearest model of the {family.name} family that can be built: {buildable.describe(model)}{counted}.")
     print(advice.as_built(size))
     written = experiment_file.write(
         path,
         [plan("recommended", model, advice.train_flops, advice.tokens_of(size), loaded, options)],
         like=loaded.like,
         words=(
-            f"The model that {options.flops:.3g} FLOPs are best spent on, by the runs of {loaded.title}.",
+            f"A model for a budget of {options.flops:.3g} FLOPs, by the runs of {loaded.title}.",
             *advice.sentences,
         ),
     )
     print(f"The experiment is written to {written}: lab run {written} --only recommended")
     return 0
+
+
+def token_count(options: argparse.Namespace, name: str) -> float | None:
+    """A count of tokens as people write it, 2T or 5e11. Raises UserError where it is none."""
+    given = getattr(options, name)
+    if given is None:
+        return None
+    try:
+        found = columns.number(given)
+    except ValueError:
+        found = math.nan
+    if not (math.isfinite(found) and found > 0):
+        raise UserError(
+            f"--{name.replace('_', '-')} must be a positive number of tokens, as 2T or 5e11; given {given}."
+        )
+    return found
 
 
 def chosen_family(loaded: Loaded, name: str | None) -> buildable.Family:
@@ -197,17 +210,19 @@ def suggest(options: argparse.Namespace) -> int:
         flops_per_token=found.flops_per_token,
         drawn=found.drawn,
     )
-    print("\n".join((*loaded.notes, *found.remarks, *proposal.sentences)))
     planned = []
     for i, run in enumerate(proposal.runs):
         model = buildable.nearest(family, params=run.params, parameters=options.parameters)
         size = float(buildable.count(model, parameters=options.parameters))
         tokens = run.flops / float(found.flops_per_token(size))
         planned.append(plan(f"next-{i + 1}", model, run.flops, tokens, loaded, options))
+    built = [f"{run.name}: {buildable.describe(run.model)}, {run.flops:.3g} FLOPs." for run in planned]
+    print("\n".join((*loaded.notes, *found.remarks, *proposal.sentences, "The nearest that can be built:", *built)))
     folder = options.out or options.runs
     record = {"sentences": list(proposal.sentences), **asdict(proposal), "narrower": proposal.narrower}
     write_atomically(folder / "next.json", json.dumps(finite(record), indent=2, allow_nan=False) + "\n")
     path = folder / "next.py"
-    words = (f"The runs that most narrow the best size at {found.target_flops:.3g} FLOPs.", *proposal.sentences)
+    target = f"The runs that most narrow the best size at {found.target_flops:.3g} FLOPs."
+    words = (target, *proposal.sentences, "Below are the nearest that can be built.")
     print(f"The runs are written to {experiment_file.write(path, planned, like=loaded.like, words=words)}.")
     return 0

@@ -94,6 +94,8 @@ def advise(found: Conclusion, *, served: float | None = None, unique_tokens: flo
         params, train, built = lifetime.best.params, lifetime.best.flops, "inference-aware"
     experts = experts_that_pay(params, _own_experts(tuple(found.table)))
     sentences.append(_expert_words(experts, params))
+    if train > 1.01 * flops:
+        sentences.append(f"That is {train / flops:.3g} times the budget in training, for less in serving.")
     sentences.append(
         f"To be built: the {built} model, {count_words(params)} parameters for {train:.3g} training FLOPs."
     )

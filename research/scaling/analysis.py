@@ -165,6 +165,8 @@ def analyse(table: Table, *, settings: Settings | None = None, curves: Curves | 
     target = 10 * largest if settings.target_flops is None else float(settings.target_flops)
     cost = settings.flops_per_token or _cost(runs, parameters, remarks)
     drawn = intervals.bootstrap(fit, resamples=settings.resamples, seed_noise=settings.seed_noise)
+    if drawn is None and settings.resamples:
+        remarks.append(f"{len(runs)} runs are too few for a bootstrap: the only intervals are the profile's.")
     minima = isoflop.resample(found) if settings.resamples else None
     smallest = min(curve.flops for curve in found.curves)
     spend = {"flops": target, "flops_per_token": cost, "largest_flops": largest, "smallest_flops": smallest}

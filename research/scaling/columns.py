@@ -96,6 +96,8 @@ def _rows(path: Path | str) -> tuple[list[tuple[int, list[str]]], list[str]]:
 def _columns(header: Sequence[str], given: Mapping[str, str], path: Path | str) -> tuple[dict[str, str], list[str]]:
     """The columns to read, and a sentence for each that was guessed where others might be meant."""
     has = ", ".join(repr(name) for name in header) or "none"
+    if len(header) == 1 and ";" in header[0]:
+        raise UserError(f"{path} has semicolons between its cells: write commas there, and points in numbers.")
     for key, name in given.items():
         if name not in header:
             raise UserError(f"{path} has no column {name!r} for {key}; its columns are {has}.")

@@ -19,7 +19,7 @@ from research.core.types import UserError
 from research.scaling import allocation, intervals, projection
 from research.scaling.allocation import FlopsPerToken, optima, optimum
 from research.scaling.fit import Fit, as_law, problem
-from research.scaling.intervals import Bootstrap, Interval
+from research.scaling.intervals import MORE_RUNS, TAIL, Bootstrap, Interval
 from research.scaling.recommend import count_words
 
 SIZES = 17  # candidate sizes of a budget, from an eighth to eight times its optimum
@@ -98,10 +98,16 @@ def propose(
     """Runs that cost at most ``budget`` FLOPs together, each from the smallest budget that was run up to all of it.
 
     drawn: the fit's bootstrap, for the interval before; without it that is simulated too. Residuals' spread is taken
-    to stay as it is. Raises UserError for a budget below the smallest run, or where the law
-    has no optimum at the target.
+    to stay as it is. Raises UserError for a budget below the smallest run, for runs that do
+    not determine the law, or where it has no optimum at the target.
     """
     allocation.check_flops(budget)
+    few = len(fit.points) < fit.form.size + 1 + MORE_RUNS
+    if few or (drawn is not None and drawn.lost > TAIL / 100 * len(drawn)):
+        raise UserError(
+            f"These {len(fit.points)} runs do not determine the law yet, so no run can be said to narrow it: run at "
+            "least 3 sizes around the best at each of 3 budgets first."
+        )
     best = optimum(fit.law, flops=target_flops, flops_per_token=flops_per_token)
     candidates = _candidates(fit, budget, flops_per_token)
     task = problem(fit.points, form=fit.form, delta=math.inf)

@@ -229,11 +229,13 @@ def which_to_believe(
         return f"The two agree within their intervals on the model's size (they differ by a factor of {ratio:.2f})."
     if ratio < NEARLY:
         return f"The two differ by a factor of {ratio:.2f} on the model's size."
+    told = "params" not in law.intervals or law.intervals["params"].closed
     believed = (
         "go by the law, which passes the held-out test and uses every run; a parabola's minimum is biased where sizes "
         "lie far to one side"
-        if sound and held_out is not None and held_out.passed
-        else "go by the IsoFLOP minima for the size, and by neither for the loss, for the law does not pass its tests"
+        if sound and told and held_out is not None and held_out.passed
+        else "go by the IsoFLOP minima for the size, and by neither for the loss, for the law does not pass its tests "
+        "or is not determined"
     )
     return f"The two disagree on the model's size by a factor of {ratio:.2f}: {believed}."
 

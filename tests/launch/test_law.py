@@ -101,7 +101,7 @@ def test_fit_writes_the_law_and_its_intervals(runs_csv, tmp_path, capsys):
 
 def test_recommend_writes_a_study_that_loads(runs_csv, tmp_path, capsys):
     out = tmp_path / "built.py"
-    asked = ["--flops", "1e20", "--served", "1e11", "--unique-tokens", "1e9", "--out", str(out)]
+    asked = ["--flops", "1e20", "--served", "100B", "--unique-tokens", "1e9", "--out", str(out)]
     assert main(["recommend", str(runs_csv), *NAMED, *asked]) == 0
     printed = capsys.readouterr().out
     for words in (
@@ -231,11 +231,11 @@ def test_results_of_other_settings_do_not_count(own, tmp_path):
         (["recommend", "CSV", *NAMED, "--flops", "nan"], "positive number of FLOPs"),
         (
             ["recommend", "CSV", *NAMED, "--flops", "1e20", "--served", "0", "--out", "x.py"],
-            "--served must be a positive number of tokens; given 0",
+            "--served must be a positive number of tokens, as 2T or 5e11; given 0",
         ),
         (
             ["recommend", "CSV", *NAMED, "--flops", "1e20", "--unique-tokens", "-5", "--out", "x.py"],
-            "--unique-tokens must be a positive number of tokens; given -5",
+            "--unique-tokens must be a positive number of tokens, as 2T or 5e11; given -5",
         ),
         (["recommend", "CSV", *NAMED, "--flops", "1e20", "--family", "bert"], "no family 'bert': choose one of llama"),
         (["recommend", "CSV", *NAMED, "--flops", "1e20", "--out", "x.txt"], "does not end in .py"),

@@ -212,7 +212,7 @@ def test_the_highest_losses_can_be_left_out(write):
     ("text", "named", "words"),
     [
         ("a,b\n1,2\n", {}, "needs a column of losses.*its columns are 'a', 'b'"),
-        ("params;tokens;loss\n1;2;3\n", {}, "its columns are 'params;tokens;loss'"),
+        ("params;tokens;loss\n1;2;3\n", {}, "has semicolons between its cells"),
         ("params,loss\n1,2\n", {}, "needs two of params, tokens and FLOPs.*it has 'params', 'loss'"),
         (
             "params,tokens,loss\n1,2,3\n",

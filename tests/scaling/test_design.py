@@ -68,3 +68,12 @@ def test_a_law_without_an_optimum_is_refused(fit):
     flat = replace(fit, law=replace(fit.law, A=0.0))
     with pytest.raises(UserError, match="no compute-optimal model size"):
         propose(flat, budget=3e12, target_flops=1e13)
+
+
+def test_runs_that_do_not_determine_the_law_are_refused(fit):
+    few = fit_law(fit.points.take(np.arange(0, 24, 3)[:7]))
+    with pytest.raises(UserError, match="These 7 runs do not determine the law yet"):
+        propose(few, budget=3e12, target_flops=1e13)
+    lost = replace(bootstrap(fit, resamples=100), lost=10)
+    with pytest.raises(UserError, match="do not determine the law yet"):
+        propose(fit, budget=3e12, target_flops=1e13, drawn=lost)

@@ -232,7 +232,8 @@ def test_experts_do_not_stand_among_dense_models(make_study):
 def test_losses_that_nothing_moves_are_no_law_to_build_on(make_study):
     same = Table(tuple(replace(run, loss=2.5) for run in make_study(sizes=6)))
     found = analyse(same, settings=Settings(resamples=50, correct=False))
-    assert all(canvas.panels([draw], name="x", columns=1, width=4, height=3) for draw in plots.pictures(found).values())
+    draws = plots.pictures(found)
+    assert canvas.panels([draws["contours"], draws["optimal_size"]], name="x", columns=1, width=4, height=6)
     assert found.from_law is None or ("build nothing on it" in found.from_law.sentence and found.drawn.lost == 50)
 
 
