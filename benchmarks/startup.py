@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    from launch.local import cache_dir
+    from launch.host import cache_dir
 
     taken: dict[tuple[str, str], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:

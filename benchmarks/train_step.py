@@ -26,7 +26,7 @@ import numpy as np  # noqa: E402
 
 from benchmarks import bare_step  # noqa: E402
 from benchmarks.bare_step import SIZES  # noqa: E402
-from launch import local  # noqa: E402
+from launch import host  # noqa: E402
 from research.core import sharding  # noqa: E402
 from research.core.sharding import MeshSpec  # noqa: E402
 from research.data.pipeline import TextSource  # noqa: E402
@@ -130,7 +130,7 @@ def loop_share(library: Racer) -> float:
         library.seconds.clear()
         for _ in range(8):
             library.once()
-        loop.run(experiment(), Path(folder) / "w1", loop.Options(cache_dir=local.cache_dir()))
+        loop.run(experiment(), Path(folder) / "w1", loop.Options(cache_dir=host.cache_dir()))
         for _ in range(8):
             library.once()
         lines = (Path(folder) / "w1" / "metrics.jsonl").read_text().splitlines()

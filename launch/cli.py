@@ -43,8 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def guarded(options: argparse.Namespace) -> int:
     """The command's exit code, with one sentence for what the user can mend."""
-    from research.core.types import UserError
-    from research.train.interrupt import Interrupted
+    from research.core.errors import Interrupted, UserError  # without JAX, which takes seconds to load
 
     try:
         return options.command(options)
@@ -132,6 +131,18 @@ def parser() -> argparse.ArgumentParser:
     sub = add("sweep", sweep, "run every unfinished experiment of a study, then analyse it")
     add_study(sub)
     add_running(sub)
+    sub = add("plan", plan, "compile a study's programs for TPUs that are not here: memory, time and cost of each run")
+    add_study(sub)
+    sub.add_argument("--tpu", required=True, metavar="SLICE", help="a slice, such as v5e-256, v6e-64, v5p-128, v4-32")
+    sub.add_argument("--slices", type=int, default=1, metavar="N", help="how many such slices for each run")
+    how = sub.add_mutually_exclusive_group()
+    how.add_argument("--mesh", metavar="AXIS=N,...", help="instead of the experiments' own, such as fsdp=256")
+    how.add_argument("--search", action="store_true", help="find the fastest mesh, recomputation and microbatches")
+    sub.add_argument("--pricing", default="on-demand", help="a column of the price table (default: %(default)s)")
+    sub.add_argument("--prices", type=Path, metavar="FILE", help="a price table instead of launch/prices.toml")
+    sub.add_argument("--estimate", action="store_true", help="by arithmetic alone, compiling nothing")
+    sub.add_argument("--fresh", action="store_true", help="make the plan anew; compiled programs are still used")
+    sub.add_argument("--json", action="store_true", help="print the plan as JSON")
     add_study(add("analyze", analyze, "analyse the finished runs of a study"))
     add_study(add("list", list_runs, "list a study's experiments and how far they are"))
     add_laws(add)
@@ -246,6 +257,12 @@ def sweep(options: argparse.Namespace) -> int:
     from launch import sweep as sweeps
 
     return sweeps.sweep(study, options.runs / study.name, stall_minutes=options.stall_minutes)
+
+
+def plan(options: argparse.Namespace) -> int:
+    from launch import plan as plans
+
+    return plans.command(options)
 
 
 def analyze(options: argparse.Namespace) -> int:

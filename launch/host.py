@@ -14,6 +14,12 @@ ACCELERATORS = ("accel*", "vfio/*", "nvidia[0-9]*")
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
+def cache_dir() -> Path:
+    """Prepared corpora, tokenizers, compiled programs and plans: $LAB_CACHE, or the user's cache folder."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("LAB_CACHE", base / "scaling-lab"))
+
+
 def computes_on_cpu() -> bool:
     """Whether no accelerator shows among the devices of a Linux machine."""
     return sys.platform == "linux" and not any(any(Path("/dev").glob(pattern)) for pattern in ACCELERATORS)

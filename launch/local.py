@@ -3,25 +3,19 @@
 
 import contextlib
 import fcntl
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from launch import host
 from research.core.types import UserError
 from research.train import hosts, loop, progress, watchdog
 from research.train.experiment import Experiment
 from research.train.monitor import Diverged
 
 FAILURE, LOCK = "failure.json", ".lock"
-
-
-def cache_dir() -> Path:
-    """Prepared corpora, tokenizers and compiled programs: $LAB_CACHE, or the user's cache folder."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("LAB_CACHE", base / "scaling-lab"))
 
 
 def use_compilation_cache(folder: Path) -> None:
@@ -35,7 +29,7 @@ def run(
     experiment: Experiment, directory: Path, *, profile: bool = False, stall_minutes: float = watchdog.MINUTES
 ) -> dict[str, Any]:
     """One run to its end, with a record of the failure where it fails."""
-    folder = cache_dir()
+    folder = host.cache_dir()
     use_compilation_cache(folder)
     options = loop.Options(cache_dir=folder, progress=progress.choose(), profile=profile, stall_minutes=stall_minutes)
     with contextlib.ExitStack() as stack:

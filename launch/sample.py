@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from launch import local
+from launch import host
 from research.core import sharding
 from research.core.sharding import MeshSpec
 from research.core.types import UserError
@@ -25,7 +25,7 @@ def sample(run: Path, *, prompt: str, tokens: int, temperature: float, seed: int
     experiment: Experiment = checkpoint.load_experiment(run)
     if not isinstance(experiment.source, TextSource):
         raise UserError(f"{run} was not trained on text, so that a prompt means nothing to it.")
-    tokenizer = experiment.source.tokenizer_for(local.cache_dir())
+    tokenizer = experiment.source.tokenizer_for(host.cache_dir())
     before = checkpoint.read_item(run, "data").get("data", {}).get("tokenizer")
     if before not in (None, tokenizer.fingerprint):
         raise UserError(
@@ -59,7 +59,7 @@ def corpus_of(name: str, *, pattern: str, text_field: str) -> Corpus:
 
 def tokenizer(corpus_name: str, *, kind: str, vocab_size: int, pattern: str, text_field: str) -> str:
     """Trains a tokenizer, or finds it trained, and says where it lies and how far it compresses."""
-    corpus, cache = corpus_of(corpus_name, pattern=pattern, text_field=text_field), local.cache_dir()
+    corpus, cache = corpus_of(corpus_name, pattern=pattern, text_field=text_field), host.cache_dir()
     spec = SentencePiece(vocab_size=vocab_size, kind="unigram" if kind == "unigram" else "bpe")
     trained = train_tokenizer(spec, corpus, cache_dir=cache)
     bytes_in = tokens_out = 0

@@ -60,9 +60,7 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Study:
         raise UserError(f"analyze in {path_text} is not a function: define analyze(runs, out), or leave it out.")
     changed = {}
     for name, experiment in experiments.items():
-        for assignment in overrides:
-            experiment = override(experiment, assignment)
-        changed[name] = replace(experiment, name=name)
+        changed[name] = replace(override(experiment, *overrides), name=name)
     parts = [Path(path_text).stem] + ([function] if function != "sweep" else [])
     folder = "-".join(parts) + "".join("@" + re.sub(r"[^\w.=+-]", "_", o) for o in sorted(overrides))
     return Study(folder[:MAX_NAME], reference, changed, analyze)

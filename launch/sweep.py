@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch import collect, distributed, local
+from launch import collect, distributed, host, local
 from launch.host import OUT_OF_SPACE
 from launch.study import Study, told
 from research.core.types import UserError
@@ -58,7 +58,7 @@ def check_corpus(experiment: Experiment, directory: Path) -> None:
     _, result = collect.status(experiment, directory)
     before = result.get("data", {}).get("corpus_hash")
     if before is not None and isinstance(experiment.source, TextSource):
-        now = experiment.source.corpus.fingerprint(local.cache_dir())
+        now = experiment.source.corpus.fingerprint(host.cache_dir())
         if now != before:
             raise UserError(
                 f"{directory} was trained on text with the content hash {before}, which is now {now}: put the text "

@@ -64,6 +64,19 @@ class Slice:
         return f"{self.chip.name}:{self.topology}"
 
     @property
+    def sides(self) -> tuple[int, ...]:
+        """Chips along each axis."""
+        return tuple(int(n) for n in self.topology.split("x"))
+
+    @property
+    def wraps(self) -> tuple[bool, ...]:
+        """Along which axes the last chip is linked to the first. Of v4 and v5p the slices of whole 4 x 4 x 4 cubes are
+        tori (Jouppi et al. 2023, section 2.2); of v5e and v6e the sides of 16 chips, a pod's whole width."""
+        if self.chip.links == 6:
+            return (all(side % 4 == 0 for side in self.sides),) * 3
+        return tuple(side == 16 for side in self.sides)
+
+    @property
     def hosts(self) -> int:
         return max(1, self.chips // self.chip.chips_per_host)
 

@@ -148,16 +148,18 @@ def _short(value: Any) -> str:
 # --- overrides ----------------------------------------------------------------------------------
 
 
-def override(config: Any, assignment: str) -> Any:
-    """``config`` with one field changed, e.g. ``override(experiment, "model.d_model=512")``.
+def override(config: Any, *assignments: str) -> Any:
+    """``config`` with fields changed one after the other, e.g. ``override(experiment, "model.d_model=512")``.
 
     The path goes through dataclass fields, tuple indices and mapping keys; the text is read as the
     field's own type. Raises ConfigError naming what was given, what is allowed and the nearest name.
     """
-    path, equals, text = assignment.partition("=")
-    if not equals or not path.strip():
-        raise ConfigError(f"An override is written path=value; {assignment!r} is not.")
-    return _override(config, path.strip().split("."), text.strip(), path.strip(), Any)
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path.strip():
+            raise ConfigError(f"An override is written path=value; {assignment!r} is not.")
+        config = _override(config, path.strip().split("."), text.strip(), path.strip(), Any)
+    return config
 
 
 def _override(config: Any, parts: list[str], text: str, path: str, annotation: Any) -> Any:

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 BETWEEN = "between-slices"
 BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f8": 8, "c64": 64, "c128": 128}
@@ -28,12 +30,14 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 class Collective:
     """bytes: of one run on one device, at its larger end: what an all-gather gives, what a reduce-scatter takes, the
     array of the others, the smaller of a ragged one's two, what is sent between slices. runs: how often the program
-    does it."""
+    does it. group: the first of the groups that do it, as positions in the program's order of devices; of a permute
+    its pairs, one after the other; empty: all devices, or not in the text."""
 
     kind: str
     bytes: int
     runs: int
     name: str
+    group: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,9 @@ class Program:
             if kind is None or (chain and (frame, chain) in seen):  # one collective, spread over fusions
                 continue
             seen.add((frame, chain))
-            found.append(Collective(kind, self._bytes(kind, instruction, place), runs, instruction.name))
+            start = self.computations[place].get(instruction.operands[0]) if instruction.operands else None
+            said = first_group(instruction.rest) or (first_group(start.rest) if start is not None else ())
+            found.append(Collective(kind, self._bytes(kind, instruction, place), runs, instruction.name, said))
         return found
 
     def traffic(self) -> dict[str, int]:
@@ -181,6 +187,36 @@ class Program:
         if start is None or step is None:
             raise ValueError(f"The program does not say how often {loop.name} runs.")
         return math.ceil((literal(limits[0]) - start) / step)
+
+
+def first_group(attributes: str) -> tuple[int, ...]:
+    """The first of a collective's groups of devices, or the pairs of a permute, in each of the ways that they are
+    written: {{0,1},{2,3}}, [2,2]<=[2,2]T(1,0), mesh['a'=2,'b'=2] {'b'}."""
+    if pairs := re.search(r"source_target_pairs=\{([\d{},]*)\}", attributes):
+        return tuple(int(n) for n in re.findall(r"\d+", pairs[1]))
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return tuple(int(n) for n in listed[1].split(","))
+    if tiled := re.search(r"replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        return tuple(_devices(tiled[2]).reshape(_numbers(tiled[1]))[0].tolist())
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", attributes)
+    if named is None:
+        return ()
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", named[1])}
+    order = _devices(named[2]) if named[2] else np.arange(math.prod(sizes.values()))
+    inside = re.findall(r"'([^']+)'", named[3])
+    grid = order.reshape(list(sizes.values()))[tuple(slice(None) if name in inside else 0 for name in sizes)]
+    return tuple(grid.ravel().tolist())
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def _devices(text: str) -> np.ndarray:
+    """Devices in an order written as [8,8]T(1,0): counted in rows of the first shape, its axes then exchanged."""
+    shape, _, axes = text.partition("T")
+    grid = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return (grid.transpose(_numbers(axes)) if axes else grid).ravel()
 
 
 def size(type_text: str) -> int:

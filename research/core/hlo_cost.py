@@ -41,7 +41,9 @@ class Counts:
         return self.flops + sum(self.kernels.values())
 
 
-def count(program: Program) -> Counts:
+def count(program: Program, *, grouped_rows: float = math.inf) -> Counts:
+    """grouped_rows: those that a grouped product has on average. Its array may have room for the worst case, and rows
+    that nobody chose are not computed."""
     flops, moved, kernels = 0.0, 0.0, defaultdict[str, float](float)
     fused, unknown = _fused(program), list[str]()
     for place, instruction, runs in program.walk_all(unknown):
@@ -49,7 +51,7 @@ def count(program: Program) -> Counts:
             flops += runs * product_flops(program, place, instruction)
         elif hlo.is_kernel(instruction):
             name = hlo.plain_name(instruction)
-            kernels[name] += runs * kernel_flops(program, place, instruction)
+            kernels[name] += runs * kernel_flops(program, place, instruction, grouped_rows)
         if place not in fused:
             moved += runs * _moved(program, place, instruction)
     return Counts(flops, dict(kernels), moved, tuple(unknown))
@@ -96,7 +98,7 @@ def _valid(size: int, kernel: int, out: int, window: dict[str, str]) -> int:
     return met
 
 
-def kernel_flops(program: Program, place: str, instruction: Instruction) -> float:
+def kernel_flops(program: Program, place: str, instruction: Instruction, grouped_rows: float = math.inf) -> float:
     """Of the kernels that models here use: splash attention (half of the square of positions and the diagonal's blocks)
     and grouped products. 0 for others."""
     name = hlo.plain_name(instruction)
@@ -116,7 +118,7 @@ def kernel_flops(program: Program, place: str, instruction: Instruction) -> floa
         out = hlo.dims(instruction.type)
         rows = max((d[0] for d in arrays if len(d) == 2), default=0)
         weights = next((d for d in [*arrays, out] if len(d) == 3), None)
-        return 2.0 * rows * weights[1] * weights[2] if weights else 0.0
+        return 2.0 * min(rows, grouped_rows) * weights[1] * weights[2] if weights else 0.0
     return 0.0
 
 

@@ -104,17 +104,8 @@ def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
     for device in devices:  # of GPUs too, but there it tells hosts apart
         by_slice.setdefault(getattr(device, "slice_index", 0) if device.platform == "tpu" else 0, []).append(device)
     slices = len(by_slice)
-    if sizes["data"] % slices:
-        raise MeshError(
-            f"{slices} slices are joined along data, and data={sizes['data']} is no multiple of {slices}: choose "
-            f"a multiple, such as data={-(-sizes['data'] // slices) * slices}, or fewer slices."
-        )
+    check_slices(sizes, slices, min(len(chips) for chips in by_slice.values()))
     share = math.prod(sizes.values()) // slices
-    if (fewest := min(len(chips) for chips in by_slice.values())) < share:
-        raise MeshError(
-            f"The mesh {described(sizes)} needs {share} devices of each of {slices} slices and one has {fewest}: "
-            "choose axes whose product is smaller, or slices of one size."
-        )
     devices = [device for chips in by_slice.values() for device in chips[:share]]
     from jax.experimental import mesh_utils
 
@@ -126,6 +117,20 @@ def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
     else:
         grid = mesh_utils.create_hybrid_device_mesh(tuple(inside.values()), tuple(across.values()), devices, **split)
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def check_slices(sizes: Mapping[str, int], slices: int, fewest: int) -> None:
+    """Raises MeshError where a mesh cannot lie over so many slices, of which the smallest has ``fewest`` devices."""
+    if sizes["data"] % slices:
+        raise MeshError(
+            f"{slices} slices are joined along data, and data={sizes['data']} is no multiple of {slices}: choose "
+            f"a multiple, such as data={-(-sizes['data'] // slices) * slices}, or fewer slices."
+        )
+    if fewest < (share := math.prod(sizes.values()) // slices):
+        raise MeshError(
+            f"The mesh {described(sizes)} needs {share} devices of each of {slices} slices and one has {fewest}: "
+            "choose axes whose product is smaller, or slices of one size."
+        )
 
 
 def partition_spec(axes: Axes, *, without: tuple[str, ...] = ()) -> PartitionSpec:

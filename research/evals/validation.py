@@ -52,6 +52,10 @@ class Validation:
 
         return run
 
+    def lower(self, policy: Policy, batch: Batch) -> jax.stages.Lowered:
+        """The program of one batch, for a policy and a batch of shapes alone, on the mesh in scope."""
+        return _sums.lower(self.objective, policy, batch)
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(objective: Objective, policy: Policy, batch: Batch) -> Mapping[str, tuple[Array, Array]]:

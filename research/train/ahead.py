@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training step of an experiment compiled for TPUs that are not there: its memory, traffic and kernels.
+"""The programs of an experiment compiled for TPUs that are not there: their memory, traffic and kernels.
 
     compiled = compile_step(experiment, "v5e:16x16")
     compiled.memory_analysis().peak_memory_in_bytes
@@ -10,17 +10,24 @@ JAX_PLATFORMS=cpu.
 
 import importlib.metadata
 import importlib.util
+import math
 import os
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from research.core import sharding
-from research.core.types import UserError
-from research.train.experiment import Experiment
+from research.core.config import to_json
+from research.core.types import Eval, Source, UserError
+from research.models.bound import Bound
+from research.models.decoder import Decoder
+from research.train.experiment import WATCHING, Experiment, Steps
+from research.train.optimizers import at_any_rate
 from research.train.start import Program, check_fits
+from research.train.state import TrainState
 
 
 def topology_devices(name: str, *, slices: int = 1) -> list[Any]:
@@ -32,8 +39,13 @@ def topology_devices(name: str, *, slices: int = 1) -> list[Any]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it compiles only: several may do so at a time
     from jax.experimental import topologies
 
+    how: dict[str, Any] = {"num_slices": slices}
+    if name.startswith("v4:"):  # else each of a chip's two cores is a device of its own, as on no machine today
+        how["chip_config_name"] = "megacore"
+    if name.endswith(":1x1"):
+        how["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **how).devices)
     except Exception as error:  # whatever class the plugin raises; its message says what it makes of the name
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -47,16 +59,76 @@ def compiler_version() -> str:
 
 def lower_step(experiment: Experiment, devices: list[Any]) -> jax.stages.Lowered:
     """The experiment's real step on its mesh over the devices, lowered for shapes alone."""
+    program, state = _program(experiment, devices)
+    mesh = program.mesh
+    models = {name: init.model or experiment.model for name, init in experiment.frozen.items()}
+    frozen = {name: _bound(experiment, model, mesh) for name, model in models.items()}
+    rate = _placed(jax.ShapeDtypeStruct((), jnp.float32), sharding.replicated(mesh))
+    with jax.set_mesh(mesh):  # here alone: nothing may be computed on devices that are not there
+        return program.step.lower(state, frozen, _batch(experiment.source, mesh), rate)
+
+
+def lower_evaluation(experiment: Experiment, evaluation: Eval, devices: list[Any]) -> jax.stages.Lowered | None:
+    """One batch of an evaluation on the experiment's mesh; None where the evaluation has no one program (``lower``)."""
+    lower, source = getattr(evaluation, "lower", None), getattr(evaluation, "source", None)
+    if lower is None or source is None:
+        return None
+    program, state = _program(experiment, devices)
+    with jax.set_mesh(program.mesh):
+        return lower(program.bind(state), _batch(source, program.mesh))
+
+
+def program_record(experiment: Experiment, evaluation: Eval | None = None) -> dict[str, Any]:
+    """What the compiled step, or an evaluation, depends on, as JSON: not names, seeds, lengths, rates or what the
+    corpus says. Experiments with equal records share one program."""
+    source = experiment.source if evaluation is None else getattr(evaluation, "source", experiment.source)
+    same: dict[str, Any] = {name: WATCHING[name] for name in ("name", "checkpoint", "log_every")}
+    bare = replace(
+        experiment, length=Steps(1), seed=0, init=None, evals=(), optimizer=at_any_rate(experiment.optimizer), **same
+    ).record()
+    del bare["source"]
+    bare["batch"] = {name: [list(x.shape), str(x.dtype)] for name, x in source.batch_shapes().items()}
+    bare["frozen"] = {name: to_json(init.model or experiment.model) for name, init in experiment.frozen.items()}
+    if evaluation is not None:
+        of_evaluation = to_json(evaluation)
+        bare["evaluation"] = {k: v for k, v in of_evaluation.items() if k not in ("source", "every", "name")}
+    return bare
+
+
+def mesh_devices(experiment: Experiment, devices: list[Any]) -> list[Any]:
+    """The devices in the order of the experiment's mesh, which is that of its programs."""
+    return list(sharding.make_mesh(experiment.mesh, devices).devices.flat)
+
+
+def grouped_rows(experiment: Experiment, chips: int) -> float:
+    """Rows of one grouped product of experts, on average over the chips; infinite for a dense model. Over the expert
+    axis tokens travel in as many parts as it has chips (``models.expert_parallel``)."""
+    moes = list(experiment.model.moes().values())
+    if not moes:
+        return math.inf
+    size = experiment.mesh.shape(chips)
+    ways = size["data"] * size["fsdp"] * size["expert"] * size["context"] * experiment.accumulate
+    return max(moe.router.per_token for moe in moes) * experiment.tokens_per_step / ways / size["expert"]
+
+
+def _program(experiment: Experiment, devices: list[Any]) -> tuple[Program, TrainState]:
+    """The experiment on its mesh over the devices, and its state as placed shapes."""
     mesh = sharding.make_mesh(experiment.mesh, devices)
     check_fits(experiment, mesh)
     program = Program(experiment, mesh)
-    state = jax.tree.map(_placed, program.shapes, program.layout)
-    batch = {
-        name: _placed(whole, sharding.batch_sharding(mesh)) for name, whole in experiment.source.batch_shapes().items()
-    }
-    rate = _placed(jax.ShapeDtypeStruct((), jnp.float32), sharding.replicated(mesh))
-    with jax.set_mesh(mesh):  # here alone: nothing may be computed on devices that are not there
-        return program.step.lower(state, {}, batch, rate)
+    return program, jax.tree.map(_placed, program.shapes, program.layout)
+
+
+def _bound(experiment: Experiment, model: Decoder, mesh: Mesh) -> Bound:
+    """A frozen model of shapes alone."""
+    shapes = model.shapes(experiment.precision)
+    params = jax.tree.map(_placed, shapes, sharding.tree_shardings(mesh, shapes, model.logical_axes()))
+    buffers = jax.tree.map(lambda b: _placed(b, sharding.replicated(mesh)), jax.eval_shape(model.init_buffers))
+    return model.bind(params, buffers, experiment.precision, platform=mesh.devices.flat[0].platform)
+
+
+def _batch(source: Source, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: _placed(whole, sharding.batch_sharding(mesh)) for name, whole in source.batch_shapes().items()}
 
 
 def compile_step(experiment: Experiment, topology: str, *, slices: int = 1) -> jax.stages.Compiled:

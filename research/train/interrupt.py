@@ -11,14 +11,6 @@ from research.core.types import Array
 from research.train import hosts
 
 
-class Interrupted(BaseException):
-    """A run that saved and left because it was asked to, by the signal ``signum``."""
-
-    def __init__(self, name: str, *, step: int, signum: int) -> None:
-        super().__init__(f"{name} was interrupted: it is saved at step {step}; the same command goes on from there.")
-        self.signum = signum
-
-
 class Interrupt:
     """Within the block, the first signal only sets ``signum``; outside the main thread signals are left alone."""
 

@@ -13,13 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from research.core import sharding
+from research.core.errors import Interrupted
 from research.core.files import read_json, write_json
 from research.core.types import Context, EvalRun, Stream, UserError
 from research.scaling import cost
 from research.train import hardware, hosts, metrics, provenance, watchdog
 from research.train.checkpoint import Checkpointer, check_unchanged
 from research.train.experiment import Experiment
-from research.train.interrupt import Interrupt, Interrupted
+from research.train.interrupt import Interrupt
 from research.train.monitor import Monitor
 from research.train.progress import Progress, Silent
 from research.train.start import Program, check_fits, first_state

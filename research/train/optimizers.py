@@ -6,7 +6,7 @@ chosen by logical axes, never by names.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import jax
@@ -186,6 +186,12 @@ class Sgd:
     def build(self, shapes: Any, logical_axes: Any) -> optax.GradientTransformation:
         del shapes, logical_axes
         return optax.identity()
+
+
+def at_any_rate(optimizer: Optimizer) -> Optimizer:
+    """The optimizer without what only its learning rate comes from, which is an argument of the step: all that one
+    compiled program serves."""
+    return replace(optimizer, peak=0.0, schedule=Schedule()) if isinstance(optimizer, AdamW | Sgd) else optimizer
 
 
 def decay_mask(logical_axes: Any) -> Any:

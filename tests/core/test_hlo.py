@@ -12,6 +12,22 @@ from research.core.sharding import MeshSpec
 ROWS = PartitionSpec("fsdp")
 
 
+@pytest.mark.parametrize(
+    ("written", "group"),
+    [
+        ("replica_groups={{0,2},{1,3}}, use_global_device_ids=true", (0, 2)),
+        ("replica_groups=[2,2]<=[4], to_apply=%add", (0, 1)),
+        ("replica_groups=[4,2]<=[2,2,2]T(1,2,0), to_apply=%add", (0, 4)),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=4] {'c'}, to_apply=%add", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, to_apply=%add", (0, 2, 4, 6)),
+        ("source_target_pairs={{0,1},{1,2}}", (0, 1, 1, 2)),
+        ("replica_groups={}, to_apply=%add", ()),
+    ],
+)
+def test_groups_of_devices_however_they_are_written(written, group):
+    assert hlo.first_group(written) == group
+
+
 def program(function, *arrays):
     """The compiled program of a function of what each of 8 devices holds of float32 arrays (shape, spec)."""
     mesh = sharding.make_mesh(MeshSpec(data=1, fsdp=8))
@@ -27,6 +43,7 @@ def test_a_loop_counts_as_often_as_it_runs():
 
     (found,) = program(layers, ((32, 16), ROWS), ((5, 16, 16), PartitionSpec(None, "fsdp"))).collectives()
     assert (found.kind, found.bytes, found.runs) == ("all-gather", 16 * 16 * 4, 5)
+    assert found.group == tuple(range(8))
 
 
 def test_loops_in_loops_multiply_and_kinds_are_told_apart():

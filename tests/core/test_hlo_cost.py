@@ -98,3 +98,4 @@ def test_grouped_products_count_every_row_once():
         "tgmm": 2.0 * 256 * 64 * 32,
         "other": 0,
     }
+    assert hlo_cost.count(Program(GROUPED), grouped_rows=32).kernels["gmm"] == 2.0 * 32 * 64 * 32

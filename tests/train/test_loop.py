@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from research.core import sharding
+from research.core.errors import Interrupted
 from research.core.sharding import MeshError, MeshSpec
 from research.core.types import Context, Loss, Term, UserError, WeightedSum
 from research.data.sources import Synthetic
@@ -26,7 +27,6 @@ from research.objectives.next_token import NextToken
 from research.train import checkpoint, loop, metrics
 from research.train.checkpoint import CheckpointError
 from research.train.experiment import AdamW, CheckpointPolicy, Init, Steps
-from research.train.interrupt import Interrupted
 from research.train.monitor import Diverged
 from research.train.optimizers import Schedule
 from research.train.start import Program, first_state

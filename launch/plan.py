@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lab plan``: what each run of a study would take on a TPU slice, before any TPU is asked for.
+
+Every distinct program (model, batch, mesh) is compiled once by the TPU compiler in a process of its own, and read: its
+memory, and the least time that it can take (``research.core.roofline``). What was compiled is kept by content: the
+experiment's JSON, the source and the versions. A whole plan is kept too, with the files that the study read, so that
+asking again needs neither JAX nor a compiler.
+"""
+
+import hashlib
+import importlib.util
+import json
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch import host
+from launch.compiler import Compiled, Compiler, Failed, Job
+from research.core.chips import Slice, slice_of
+from research.core.errors import UserError
+from research.core.files import write_atomically
+
+if TYPE_CHECKING:
+    from launch.study import Study
+    from research.train.experiment import Experiment
+
+FORMAT = 1
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+NO_COMPILER = (
+    "The TPU compiler is not installed (pip install -c constraints.txt libtpu): these figures are estimates by "
+    "arithmetic, not of compiled programs."
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked. mesh: assignments such as "mesh.fsdp=256" that replace every experiment's own mesh. estimate: by
+    arithmetic alone. search: find mesh, recomputation and microbatches."""
+
+    study: str
+    overrides: tuple[str, ...]
+    tpu: str
+    slices: int = 1
+    mesh: tuple[str, ...] = ()
+    search: bool = False
+    estimate: bool = False
+
+    @property
+    def where(self) -> Slice:
+        return slice_of(self.tpu)
+
+    @property
+    def chips(self) -> int:
+        return self.where.chips * self.slices
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. Bytes and seconds are of one chip and one step. memory: by kind, and "peak", which counts. parts: the
+    roofline. bound: its longest. share_of_peak: of the chips' FLOP/s, counting the model's own FLOPs. change: what the
+    search chose, as --set has it. problem: why it cannot run so, and what would help."""
+
+    name: str
+    params: int
+    active_params: int
+    tokens: int
+    flops: float
+    steps: int
+    mesh: str
+    memory: dict[str, float]
+    parts: dict[str, float]
+    step_seconds: float
+    bound: str
+    share_of_peak: float
+    evaluation_seconds: float
+    hours: float
+    chip_hours: float
+    compiled: bool
+    change: tuple[str, ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """rows: of the study's runs, in its order. notes: what a reader should know. programs: how many distinct programs
+    there are; compiled: how many of them were compiled now, in ``seconds``."""
+
+    rows: list[Row]
+    notes: list[str]
+    programs: int
+    compiled: int
+    seconds: float
+
+
+def plan(request: Request, *, fresh: bool = False, say: Callable[[str], None] = print) -> Plan:
+    """The plan that was made before, where nothing that it came from has changed; else a new one."""
+    _ = request.where  # a slice that is not there is said before anything is loaded
+    if not fresh and (found := recall(request)) is not None:
+        return found
+    begun = time.monotonic()
+    from launch.planner import Planner
+    from launch.study import load
+
+    study = load(request.study, request.overrides)
+    with Compiler(say) as compiler:
+        planner = Planner(request, study, Programs(request, study, compiler, say), say)
+        rows = planner.rows()
+    made = Plan(rows, planner.notes, planner.programs.distinct, planner.programs.compiled, time.monotonic() - begun)
+    remember(request, made)
+    return made
+
+
+class Programs:
+    """Compiled programs by content, on disk: none is compiled twice."""
+
+    def __init__(self, request: Request, study: "Study", compiler: Compiler, say: Callable[[str], None]) -> None:
+        self.request, self.study, self.compiler, self.say = request, study, compiler, say
+        self.folder = host.cache_dir() / "programs"
+        self.source = hash_of(sorted((ROOT / "research").rglob("*.py")) + [ROOT / "launch" / "compiler.py"])
+        self.compiled = 0
+        self._found: dict[str, Compiled | Failed] = {}
+
+    @property
+    def distinct(self) -> int:
+        return len(self._found)
+
+    def get(self, experiment: "Experiment", change: Sequence[str] = (), evaluation: int | None = None) -> Compiled:
+        """The program of the training step, or of an evaluation, of an experiment of the study after changes to it.
+        Raises Failed where it cannot be compiled."""
+        from research.core.config import override
+        from research.train import ahead
+
+        changed = override(experiment, *change)
+        record = ahead.program_record(changed, None if evaluation is None else changed.evals[evaluation])
+        content = [record, self.request.where.name, self.request.slices, self.source, versions()]
+        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        if key not in self._found:
+            what = "training step" if evaluation is None else changed.evals[evaluation].name
+            self._found[key] = self._read(key) or self._compile(key, experiment.name, what, change, evaluation)
+        found = self._found[key]
+        if isinstance(found, Failed):
+            raise found
+        return found
+
+    def _read(self, key: str) -> Compiled | None:
+        try:
+            return Compiled(**json.loads((self.folder / f"{key[:32]}.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def _compile(
+        self, key: str, name: str, what: str, change: Sequence[str], evaluation: int | None
+    ) -> Compiled | Failed:
+        request = self.request
+        told = f"{name}, {what}" + (f", {' '.join(change)}" if change else "")
+        self.say(f"compiling {told}")
+        job = Job(request.study, request.overrides, name, request.tpu, request.slices, evaluation, tuple(change))
+        try:
+            found = self.compiler.compile(job, told)
+        except Failed as failure:
+            return failure
+        self.compiled += 1
+        self.say(f"  {found.seconds:.1f} s, {size(found.peak)} a chip")
+        write_atomically(self.folder / f"{key[:32]}.json", json.dumps(asdict(found)))
+        return found
+
+
+def versions() -> dict[str, str | None]:
+    """Of what compiles; None for what is not installed."""
+    found: dict[str, str | None] = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def has_compiler() -> bool:
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def hash_of(files: Sequence[Path]) -> str:
+    """Of the files' content, in order."""
+    total = hashlib.sha256()
+    for path in files:
+        total.update(str(path.name).encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.hexdigest()
+
+
+# --- whole plans --------------------------------------------------------------------------------
+
+
+def _place(request: Request) -> Path:
+    file, _, function = request.study.partition(":")
+    what = {**asdict(request), "study": [str(Path(file).resolve()), function], "versions": versions()}
+    name = hashlib.sha256(json.dumps([FORMAT, what], sort_keys=True).encode()).hexdigest()[:32]
+    return host.cache_dir() / "plans" / f"{name}.json"
+
+
+def recall(request: Request) -> Plan | None:
+    """The plan that was made of the same words and the same files, if any."""
+    try:
+        record = json.loads(_place(request).read_text())
+        if any(hash_of([Path(path)]) != content for path, content in record["files"].items()):
+            return None
+        rows = [Row(**{**row, "change": tuple(row["change"])}) for row in record["rows"]]
+        return Plan(rows, record["notes"], record["programs"], compiled=0, seconds=0.0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember(request: Request, made: Plan) -> None:
+    """Keeps a plan with every file of Python that it came from, libraries apart, whose versions stand for them."""
+    record = {**asdict(made), "files": {str(path): hash_of([path]) for path in own_files()}}
+    write_atomically(_place(request), json.dumps(record))
+
+
+def own_files() -> list[Path]:
+    """The source files of all loaded modules that belong to no installed library."""
+    places = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    libraries = tuple(Path(place).resolve() for place in places)
+    found = set()
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file and file.endswith(".py") and (path := Path(file).resolve()).is_file():
+            inside = any(path.is_relative_to(library) for library in libraries)
+            found |= set() if inside else {path}
+    return sorted(found)
+
+
+# --- what a person reads ------------------------------------------------------------------------
+
+
+def mesh_assignments(text: str | None) -> tuple[str, ...]:
+    """ "fsdp=256" or "data=2,fsdp=128" as assignments to every axis; those not named are 1, data what is left. Raises
+    UserError naming the axes that there are."""
+    if text is None:
+        return ()
+    axes = ("data", "stage", "fsdp", "expert", "context", "tensor")
+    sizes = {"data": "-1"} | dict.fromkeys(axes[1:], "1")
+    for part in text.split(","):
+        name, _, ways = (piece.strip() for piece in part.partition("="))
+        if name not in axes or not (ways.lstrip("-").isdigit()):
+            raise UserError(f"--mesh {text}: give NAME=SIZE, with commas between; the axes are {', '.join(axes)}.")
+        sizes[name] = ways
+    return tuple(f"mesh.{name}={ways}" for name, ways in sizes.items())
+
+
+def number(value: float) -> str:
+    """1234567 as 1.23M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def size(count: float) -> str:
+    """Bytes, in MB or GB of 10^6 and 10^9."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
+def duration(seconds: float) -> str:
+    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def table(made: Plan, request: Request, price: float | None) -> Any:
+    """A rich table of the plan. price: of a chip-hour, in US dollars."""
+    from rich.table import Table
+
+    chip = request.where.chip
+    many = f"{request.slices} x " if request.slices > 1 else ""
+    title = f"{many}{request.where.name}: {request.chips} chips of {chip.hbm_bytes / 1e9:.3g} GB"
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("run", no_wrap=True)
+    heads = ("params", "tokens", "FLOPs", "mesh", "arguments", "temporaries", "output", "aliased", "peak", "of HBM")
+    heads += ("step", "bound by", "of peak", "chip-hours", *(("cost $",) if price is not None else ()))
+    for head in heads:
+        shown.add_column(head, justify="left" if head in ("mesh", "bound by") else "right", no_wrap=head != "mesh")
+    for row in made.rows:
+        memory = [size(row.memory[k]) if k in row.memory else "" for k in
+                  ("arguments", "temporaries", "output", "aliased", "peak")]  # fmt: skip
+        full = row.memory.get("peak", 0.0) / chip.hbm_bytes
+        cost = [f"{row.chip_hours * price:,.2f}"] if price is not None else []
+        if not row.parts:  # nothing is known
+            shown.add_row(row.name, number(row.params), number(row.tokens), f"{row.flops:.3g}", row.mesh, "no program")
+            continue
+        shown.add_row(
+            row.name, number(row.params), number(row.tokens), f"{row.flops:.3g}", row.mesh, *memory,
+            f"{full:.0%}" if full <= 1 else f"[bold red]{full:.0%}[/]", duration(row.step_seconds), row.bound,
+            f"{row.share_of_peak:.0%}", f"{row.chip_hours:,.3g}", *cost,
+        )  # fmt: skip
+    if len(made.rows) > 1:
+        hours = sum(row.chip_hours for row in made.rows)
+        tokens, flops = (sum(getattr(row, name) for row in made.rows) for name in ("tokens", "flops"))
+        cost = [f"{hours * price:,.2f}"] if price is not None else []
+        shown.add_section()
+        shown.add_row("all", "", number(tokens), f"{flops:.3g}", *[""] * 10, f"{hours:,.3g}", *cost)
+    return shown
+
+
+def command(options: Any) -> int:
+    """``lab plan``. Returns 1 where a run does not fit or has no program."""
+    from rich.console import Console
+
+    from launch import prices
+
+    if options.slices < 1:
+        raise UserError(f"--slices {options.slices}: give 1 or more.")
+    request = Request(
+        options.study, tuple(options.overrides), options.tpu, options.slices, mesh_assignments(options.mesh),
+        options.search, options.estimate,
+    )  # fmt: skip
+    price = prices.per_chip_hour(request.where.chip, options.pricing, options.prices)
+    begun = time.monotonic()
+    made = plan(request, fresh=options.fresh, say=lambda text: print(text, file=sys.stderr, flush=True))
+    if options.json:
+        cost = {row.name: row.chip_hours * price for row in made.rows}
+        print(json.dumps({"request": asdict(request), **asdict(made), "pricing": options.pricing, "cost": cost}))
+    else:
+        Console(width=None if sys.stdout.isatty() else 200).print(table(made, request, price))
+        for row in made.rows:
+            if row.change:
+                print(f"{row.name}: {' '.join(f'--set {assignment}' for assignment in row.change)}")
+            if row.problem:
+                print(f"{row.name}: {row.problem}")
+        for note in made.notes:
+            print(note)
+        print(
+            f"{made.programs} distinct programs, {made.compiled} compiled now, {time.monotonic() - begun:.1f} s; "
+            f"{options.pricing} at {price:g} $ a chip-hour; times are the least that a roofline allows."
+        )
+    return 1 if any(row.problem for row in made.rows) else 0
