@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from experiments.llama2_7b import MODEL as LLAMA_2_7B
 from research.core import hlo_cost
 from research.core.hlo import BETWEEN, KINDS, Program
 from research.core.sharding import MeshSpec
@@ -39,15 +40,6 @@ from research.objectives.next_token import NextToken
 from research.train import ahead
 from research.train.experiment import AdamW, Experiment, Steps
 
-LLAMA_2_7B = Decoder(  # Touvron et al. 2023
-    vocab_size=32_000,
-    d_model=4096,
-    num_layers=32,
-    attention=Attention(num_heads=32),
-    mlp=Mlp(d_ff=11_008),
-    norm=Norm(eps=1e-5),
-    remat="full",
-)
 LLAMA_3_8B = Decoder(  # Grattafiori et al. 2024
     vocab_size=128_256,
     d_model=4096,

@@ -85,14 +85,18 @@ def program_record(experiment: Experiment, evaluation: Eval | None = None) -> di
     same: dict[str, Any] = {name: WATCHING[name] for name in ("name", "checkpoint", "log_every")}
     bare = replace(
         experiment, length=Steps(1), seed=0, init=None, evals=(), optimizer=at_any_rate(experiment.optimizer), **same
-    ).record()
-    del bare["source"]
-    bare["batch"] = {name: [list(x.shape), str(x.dtype)] for name, x in source.batch_shapes().items()}
-    bare["frozen"] = {name: to_json(init.model or experiment.model) for name, init in experiment.frozen.items()}
+    )
+    if evaluation is not None:  # it has no backward pass, and no batch but its own
+        bare = replace(bare, accumulate=1, ema=0.0, model=replace(bare.model, remat="none"))
+    record = bare.record()
+    del record["source"]
+    record["batch"] = {name: [list(x.shape), str(x.dtype)] for name, x in source.batch_shapes().items()}
+    record["frozen"] = {name: to_json(init.model or experiment.model) for name, init in experiment.frozen.items()}
     if evaluation is not None:
-        of_evaluation = to_json(evaluation)
-        bare["evaluation"] = {k: v for k, v in of_evaluation.items() if k not in ("source", "every", "name")}
-    return bare
+        for name in ("optimizer", "objective", "frozen"):
+            del record[name]
+        record["evaluation"] = {k: v for k, v in to_json(evaluation).items() if k not in ("source", "every", "name")}
+    return record
 
 
 def mesh_devices(experiment: Experiment, devices: list[Any]) -> list[Any]:
