@@ -131,6 +131,18 @@ def parser() -> argparse.ArgumentParser:
     sub = add("sweep", sweep, "run every unfinished experiment of a study, then analyse it")
     add_study(sub)
     add_running(sub)
+    add_submitting(sub)
+    sub = add("status", show_status, "what is known of the runs of a sweep, or of all sweeps below --runs")
+    sub.add_argument("study", nargs="?", help="a study file, or the name of its folder of runs (default: all)")
+    sub.add_argument("--json", action="store_true", help="print it as JSON")
+    sub = add("logs", show_logs, "print what a run of a sweep has printed")
+    sub.add_argument("study", help="a study file, or the name of its folder of runs")
+    sub.add_argument("run", metavar="RUN", help="the run's name")
+    sub.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until the run is over")
+    sub.add_argument("--host", type=int, default=0, metavar="I", help="of several hosts, which (default: 0)")
+    sub = add("cancel", cancel_runs, "end runs of a sweep and give back what they hold")
+    sub.add_argument("study", help="a study file, or the name of its folder of runs")
+    sub.add_argument("run", nargs="*", metavar="RUN", help="which (default: all)")
     sub = add("plan", plan, "compile a study's programs for TPUs that are not here: memory, time and cost of each run")
     add_study(sub)
     sub.add_argument("--tpu", required=True, metavar="SLICE", help="a slice, such as v5e-256, v6e-64, v5p-128, v4-32")
@@ -161,6 +173,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--pattern", default=TEXT_FILES, help=f"which files of a folder (default: {TEXT_FILES})")
     sub.add_argument("--text-field", default="text", help="the field of a .jsonl file that holds the text")
     return top
+
+
+def add_submitting(sub: argparse.ArgumentParser) -> None:
+    """Options of ``lab sweep --on``."""
+    group = sub.add_argument_group("executors", "hand the runs to an executor instead of running them in this process")
+    group.add_argument("--on", choices=("local", "tpu-vm", "sky"), help="worker processes here, TPU VMs, or SkyPilot")
+    group.add_argument("--parallel", type=int, metavar="N", help="how many workers, slices or jobs at a time")
+    group.add_argument("--retries", type=int, default=1, help="of a run that crashes (default: %(default)s)")
+    group.add_argument("--backoff", type=float, metavar="SECONDS", help="before a run's second attempt, then doubled")
+    group.add_argument("--poll", type=float, metavar="SECONDS", help="between looks at what was submitted")
 
 
 def add_laws(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -256,7 +278,29 @@ def sweep(options: argparse.Namespace) -> int:
         study = load_study(options)
     from launch import sweep as sweeps
 
+    if options.on is not None:
+        from launch import executors
+
+        return executors.sweep(study, options)
     return sweeps.sweep(study, options.runs / study.name, stall_minutes=options.stall_minutes)
+
+
+def show_status(options: argparse.Namespace) -> int:
+    from launch import status
+
+    return status.show(options.runs, options.study, as_json=options.json)
+
+
+def show_logs(options: argparse.Namespace) -> int:
+    from launch import executors
+
+    return executors.logs(options)
+
+
+def cancel_runs(options: argparse.Namespace) -> int:
+    from launch import executors
+
+    return executors.cancel(options)
 
 
 def plan(options: argparse.Namespace) -> int:

@@ -28,6 +28,12 @@ def status(experiment: Experiment, directory: Path) -> tuple[Status, dict[str, A
     return ("running" if is_locked(directory) else "interrupted"), {}
 
 
+def failure(directory: Path) -> str | None:
+    """What a run's failure says of itself, where it left something."""
+    found = loop.read_json(directory / FAILURE)
+    return None if found is None else str(found.get("message", ""))
+
+
 def table(study: Study, directory: Path) -> Table:
     """One row per experiment of the study, whether it has run or not."""
     rows = []

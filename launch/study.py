@@ -20,12 +20,14 @@ MAX_NAME = 200  # of a folder; file systems allow 255
 
 @dataclass(frozen=True)
 class Study:
-    """A loaded study. ``name`` is also the name of its folder under the folder of runs."""
+    """A loaded study. ``name`` is also the name of its folder under the folder of runs; ``overrides`` are in its
+    experiments."""
 
     name: str
     reference: str
     experiments: dict[str, Experiment]
     analyze: Callable[..., Any] | None
+    overrides: tuple[str, ...] = ()
 
     def only(self, name: str) -> Experiment:
         if name not in self.experiments:
@@ -63,7 +65,7 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Study:
         changed[name] = replace(override(experiment, *overrides), name=name)
     parts = [Path(path_text).stem] + ([function] if function != "sweep" else [])
     folder = "-".join(parts) + "".join("@" + re.sub(r"[^\w.=+-]", "_", o) for o in sorted(overrides))
-    return Study(folder[:MAX_NAME], reference, changed, analyze)
+    return Study(folder[:MAX_NAME], reference, changed, analyze, tuple(overrides))
 
 
 def load_module(path: Path) -> ModuleType:

@@ -11,7 +11,11 @@ from research.core.errors import UserError
 
 
 def write_atomically(path: Path | str, content: str | bytes) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never a part. Makes the folder."""
+    """Writes a file so that a reader sees the old one or the new one, never a part. Makes the folder. A path that is
+    not of this machine's file system (``gs://``, from etils) writes itself so."""
+    if not isinstance(path, str | Path):
+        path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

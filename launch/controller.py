@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes a sweep to its end on any executor: begins tasks, follows them, and begins again what was taken away.
+
+All that it knows is in the journal and the results, so that it may be killed at any moment and started again. A run is
+put into a new task only when no live task has it, and a task is over only when its executor says that nothing of it is
+left: no run is done twice.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from launch.executor import Executor, Report, Stop, Unreachable
+from launch.journal import Ended, Journal, Outcome, Patience, RunState, Task, outcome_of, states
+
+UNREACHED = 20  # times in a row that an executor may not be reached where the user has to mend something
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A run of the sweep. flops: what it costs, to share runs out. finished: whether its result is there."""
+
+    name: str
+    flops: float
+    finished: Callable[[], bool]
+
+
+@dataclass
+class Controller:
+    """budget: chip-hours after which nothing more is submitted. say: takes lines for whoever watches."""
+
+    journal: Journal
+    sweep: str
+    executor: Executor
+    runs: Sequence[Wanted]
+    parallel: int
+    patience: Patience
+    say: Callable[[str], None]
+    budget: float | None = None
+    explain: Callable[[str], str] = lambda run: ""
+    _done: set[str] = field(default_factory=set)
+    _unreached: int = 0
+    _told: str = ""
+
+    def finished(self) -> set[str]:
+        """Runs whose results are there; what was seen once is not read again."""
+        self._done |= {run.name for run in self.runs if run.name not in self._done and run.finished()}
+        return self._done
+
+    def states(self) -> dict[str, RunState]:
+        names = [run.name for run in self.runs]
+        return states(names, self.journal.tasks(), self._done, self.journal.cancelled(), self.patience)
+
+    def step(self) -> bool:
+        """One round: what became of the live tasks, then new ones. False when there is nothing left to wait for."""
+        unreached = None
+        for task in self.journal.tasks():
+            if task.live:
+                try:
+                    self._follow(task)
+                except Unreachable as error:
+                    unreached = error
+        self._unreached = self._unreached + 1 if unreached is not None else 0
+        if unreached is not None:
+            self._tell(f"{self.executor.name} could not be reached ({unreached}); trying again")
+            if unreached.mend and self._unreached >= UNREACHED:
+                raise Stop(f"{unreached}: {unreached.mend}, then repeat the command; what runs goes on meanwhile.")
+        else:
+            self._begin()
+        left = self.states().values()
+        return any(task.live for task in self.journal.tasks()) or (
+            any(run.state == "waiting" for run in left) and not self._spent()
+        )
+
+    # --- tasks that there are ----------------------------------------------------------------------
+
+    def _follow(self, task: Task) -> None:
+        if task.on != self.executor.name:
+            raise Stop(
+                f"{task.name} was begun with --on {task.on} and is not over: go on with that, or lab cancel it first."
+            )
+        if task.state == "intended":
+            extra = self.executor.submit(task)
+            task = self._record(task.now("submitted", "", extra={**task.extra, **extra}))
+        cancelled = self.journal.cancelled()
+        if task.state != "ending":
+            if cancelled and ("*" in cancelled or cancelled >= set(task.runs)):
+                task = self._end(task, Report("ended", "cancelled"), "cancelled")
+            else:
+                task = self._poll(task)
+        if task.state == "ending" and self.executor.cancel(task):
+            self._record(task.now("ended", task.detail))
+
+    def _poll(self, task: Task) -> Task:
+        report = self.executor.poll(task)
+        if report.condition in ("pending", "active"):
+            state = "submitted" if report.condition == "pending" else "active"
+            known = {run: self._ended(task, run, report, "crashed") for run in report.codes}
+            after = task.now(state, report.detail, current=report.current, outcomes={**task.outcomes, **known})
+            return self._record(after) if after != task else task
+        if report.condition == "absent" and task.state == "submitted" and task.active is None:
+            return self._end(task, replace(report, condition="failed", detail=report.detail or "it is not there"))
+        return self._end(task, report)
+
+    def _end(self, task: Task, report: Report, why: Outcome | None = None) -> Task:
+        """Says what became of each of its runs. One that has no exit status was in hand, or had not begun."""
+        outcomes = dict(task.outcomes)
+        for run in task.runs:
+            if run not in outcomes and report.codes.get(run) is not None:
+                outcomes[run] = self._ended(task, run, report, "crashed")
+        left = [run for run in task.runs if run not in outcomes]
+        in_hand = report.current or task.current or (left[0] if left else "")
+        for run in left:
+            if why is not None:
+                ended = Ended(why, None, report.detail)
+            elif report.condition == "failed":
+                ended = Ended("unplaced", None, report.detail)
+            elif run != in_hand:
+                ended = Ended("untouched", None, report.detail)
+            elif report.condition in ("lost", "absent"):
+                ended = Ended("preempted", None, report.detail)
+            else:
+                ended = Ended("crashed", None, report.details.get(run) or report.detail or "it left no exit status")
+            outcomes[run] = ended
+        for run, ended in outcomes.items():
+            if run not in task.outcomes:
+                self._say_end(run, ended)
+        return self._record(task.now("ending", report.detail, current="", outcomes=outcomes))
+
+    def _ended(self, task: Task, run: str, report: Report, unknown: Outcome) -> Ended:
+        code = report.codes[run]
+        outcome = outcome_of(code) if code is not None else unknown
+        detail = report.details.get(run, "")
+        if outcome == "finished" and not self._has_result(run):
+            outcome, detail = "crashed", "it left no result"
+        if outcome in ("crashed", "refused", "stalled", "unplaced") and not detail:
+            detail = self.explain(run) or f"exit status {code}"
+        return Ended(outcome, code, detail)
+
+    def _has_result(self, run: str) -> bool:
+        return run in self._done or next(one for one in self.runs if one.name == run).finished()
+
+    def _record(self, task: Task) -> Task:
+        self.journal.record(task)
+        return task
+
+    # --- new tasks ---------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        while True:
+            tasks = self.journal.tasks()
+            live = [task for task in tasks if task.live]
+            now, finished = time.time(), self.finished()
+            names = [run.name for run in self.runs]
+            known = states(names, tasks, finished, self.journal.cancelled(), self.patience)
+            ready = [run for run in self.runs if known[run.name].state == "waiting" and known[run.name].until <= now]
+            if not ready or len(live) >= self.parallel or self._spent():
+                return
+            place = self.executor.places(tasks)
+            if place is None:
+                return
+            chosen = self._share(ready, self.parallel - len(live)) if self.executor.packs else ready[:1]
+            task = self.journal.intend(
+                self.sweep, tasks, on=self.executor.name, runs=tuple(run.name for run in chosen), place=place,
+                chips=self.executor.chips,
+            )  # fmt: skip
+            if task is None:  # another process took that number: look again
+                continue
+            self.say(f"{task.name} at {place}: {', '.join(task.runs)}")
+            try:
+                self._follow(task)
+            except Unreachable as error:
+                self._tell(f"{self.executor.name} could not be reached ({error}); trying again")
+                return
+
+    def _share(self, ready: Sequence[Wanted], rooms: int) -> list[Wanted]:
+        """The next task's part of what is left, about equal in FLOPs; what failed before goes alone."""
+        again = {name for name, state in self.states().items() if state.task is not None}
+        if (first := ready[0]).name in again:
+            return [first]
+        fresh = [run for run in ready if run.name not in again]
+        share, chosen = sum(run.flops for run in fresh) / rooms, list[Wanted]()
+        for position, run in enumerate(fresh):
+            others = len(fresh) - position  # so that no room is left without a run
+            if chosen and (sum(one.flops for one in chosen) + run.flops / 2 > share or others < rooms):
+                break
+            chosen.append(run)
+        return chosen
+
+    def _spent(self) -> bool:
+        if self.budget is None:
+            return False
+        used = sum(task.chip_hours for task in self.journal.tasks())
+        if used >= self.budget:
+            self._tell(f"the budget of {self.budget:g} chip-hours is used ({used:.3g}): nothing more is submitted")
+        return used >= self.budget
+
+    # --- words -------------------------------------------------------------------------------------
+
+    def _say_end(self, run: str, ended: Ended) -> None:
+        if ended.outcome not in ("untouched", "cancelled"):
+            self.say(f"{run}: {ended.outcome}" + (f" ({ended.detail})" if ended.detail else ""))
+
+    def _tell(self, text: str) -> None:
+        """Says it once, however often it holds."""
+        if text != self._told:
+            self._told = text
+            self.say(text)
+
+
+def summary(known: Mapping[str, RunState]) -> str:
+    """How many runs are in each state."""
+    order = ("finished", "running", "assigned", "waiting", "failed", "cancelled")
+    counts = {state: sum(run.state == state for run in known.values()) for state in order}
+    return ", ".join(f"{count} {state}" for state, count in counts.items() if count)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a place to run must be able to do; ``launch.controller`` does the rest for all of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from launch.journal import Task
+from research.core.errors import UserError
+
+Condition = Literal["absent", "pending", "active", "ended", "lost", "failed"]
+
+
+class Unreachable(Exception):
+    """The executor could not be asked just now (a time-out, the network, a login that ran out): nothing is known, and
+    it is asked again. mend: what the user would have to do, where it does not pass by itself."""
+
+    def __init__(self, what: str, mend: str = "") -> None:
+        super().__init__(what)
+        self.mend = mend
+
+
+class Stop(UserError):
+    """Nothing can be submitted until the user has mended something."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a task stands. absent: it is nowhere; pending: asked for; active: it runs; ended: it has done what it could;
+    lost: taken away (preempted); failed: it never came to run. codes: exit statuses of its runs so far. current: the
+    run in hand. details: more on a run's end, in words."""
+
+    condition: Condition
+    detail: str = ""
+    codes: Mapping[str, int | None] = field(default_factory=dict)
+    current: str = ""
+    details: Mapping[str, str] = field(default_factory=dict)
+
+
+class Executor(Protocol):
+    """name: as ``--on`` has it. packs: whether a task takes several runs, one after the other. chips: of one task."""
+
+    name: str
+    packs: bool
+    chips: int
+
+    def places(self, tasks: Sequence[Task]) -> str | None:
+        """Where the next task is to go; None where there is no room besides the live ones of ``tasks``."""
+        ...
+
+    def submit(self, task: Task) -> dict:
+        """Asks for it, or finds that it was asked for before: calling this twice is calling it once. What it gives is
+        kept in the task's record."""
+        ...
+
+    def poll(self, task: Task) -> Report: ...
+
+    def cancel(self, task: Task) -> bool:
+        """Ends it and gives back what it holds; True once nothing is left. Called until it is."""
+        ...
+
+    def logs(self, task: Task, run: str) -> list[Path]:
+        """Files that a run's output goes to, one for each host."""
+        ...
+
+    def interrupt(self, tasks: Sequence[Task]) -> str:
+        """The submitting process was asked to stop: says what becomes of the tasks."""
+        ...

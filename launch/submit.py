@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lab sweep --on ...``: a study handed to an executor and followed to its end, with a live table of its runs."""
+
+import contextlib
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from launch import collect, status, store
+from launch.controller import Controller, Wanted, summary
+from launch.executor import Executor
+from launch.journal import Journal, Patience
+from launch.local import locked
+from launch.study import Study
+from research.core.errors import UserError
+from research.train.experiment import Experiment
+
+LEASE, STALE, RENEW = "submitter.json", 180.0, 45.0  # seconds
+
+
+def sweep(
+    study: Study,
+    directory: Path,
+    executor_of: Callable[[Journal], Executor],
+    *,
+    about: dict[str, Any],
+    patience: Patience,
+    poll: float,
+) -> int:
+    """about: the record of the sweep. Returns 0 where every run has finished. Raises UserError where another process
+    submits the same sweep."""
+    journal = Journal(directory)
+    with only_submitter(journal):
+        sweep_id = journal.begin(about)
+        journal.resume()
+        controller = Controller(
+            journal, sweep_id, executor_of(journal), wanted(study, directory), about["parallel"], patience, say,
+            about.get("budget"), explain=lambda run: collect.failure(directory / run) or "",
+        )  # fmt: skip
+        follow(controller, study, directory, poll)
+    known = controller.states()
+    say(summary(known))
+    for run in known.values():
+        if run.state == "failed":
+            say(f"{run.name} failed: {run.detail}")
+            if run.task is not None:
+                for path in controller.executor.logs(run.task, run.name)[:1]:
+                    say(f"  its log: {path}")
+    return 0 if all(run.state == "finished" for run in known.values()) else 1
+
+
+def wanted(study: Study, directory: Path) -> list[Wanted]:
+    """The study's runs, smallest first."""
+
+    def has_result(name: str, experiment: Experiment) -> Callable[[], bool]:
+        return lambda: collect.status(experiment, directory / name)[0] == "finished"
+
+    ordered = sorted(study.experiments.items(), key=lambda item: item[1].flops)
+    return [Wanted(name, experiment.flops, has_result(name, experiment)) for name, experiment in ordered]
+
+
+def follow(controller: Controller, study: Study, directory: Path, poll: float) -> None:
+    """Rounds until there is nothing left to wait for; the first Ctrl-C asks the executor what becomes of the tasks."""
+    with table(lambda: status.rows(controller.journal, directory, controller.states()), study.name) as refresh:
+        try:
+            while controller.step():
+                refresh()
+                time.sleep(poll)
+            refresh()
+        except KeyboardInterrupt:
+            live = [task for task in controller.journal.tasks() if task.live]
+            say(controller.executor.interrupt(live) if live else "stopped")
+            raise
+
+
+@contextlib.contextmanager
+def table(rows: Callable[[], list[status.Row]], title: str) -> Iterator[Callable[[], None]]:
+    """A live table on a terminal; elsewhere lines say what changes."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    with Live(console=Console(stderr=True), auto_refresh=False, redirect_stderr=True) as live:
+        yield lambda: live.update(status.table(rows(), title), refresh=True)
+
+
+@contextlib.contextmanager
+def only_submitter(journal: Journal) -> Iterator[None]:
+    """Keeps a second submitting process away. Raises UserError while there is one. On a bucket, where nothing goes with
+    a process that dies, its word holds for some minutes."""
+    if not store.is_remote(journal.folder):
+        with locked(journal.folder):
+            yield
+        return
+    me = {"host": socket.gethostname(), "process": os.getpid()}
+    while (other := store.read_json(journal.folder / LEASE)) and not _gone(other, me):
+        left = STALE - (time.time() - other["time"])
+        raise UserError(
+            f"{other['host']} (process {other['process']}) submits this sweep: wait for it or end it; if it is dead, "
+            f"try again in {max(1, left):.0f} s."
+        )
+    import threading
+
+    over = threading.Event()
+
+    def renew() -> None:
+        while True:
+            store.write(journal.folder / LEASE, store.text({**me, "time": time.time()}))
+            if over.wait(RENEW):
+                return
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(10)
+        (journal.folder / LEASE).unlink(missing_ok=True)
+
+
+def _gone(other: dict[str, Any], me: dict[str, Any]) -> bool:
+    """Whether the process that wrote the lease has ended, as far as can be told."""
+    if time.time() - other["time"] > STALE:
+        return True
+    if other["host"] != me["host"]:
+        return False
+    try:
+        os.kill(other["process"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
