@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launch import distributed, host
+from launch import distributed, host, store
 from research.train import watchdog
 
 TESTED_JAX = (0, 10)
@@ -46,6 +46,7 @@ def guarded(options: argparse.Namespace) -> int:
     from research.core.errors import Interrupted, UserError  # without JAX, which takes seconds to load
 
     try:
+        options.runs = store.place(options.runs)
         return options.command(options)
     except UserError as error:
         return fail(str(error))
@@ -92,7 +93,7 @@ def check_jax() -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="lab", description="Train language models, sweep them, fit scaling laws.")
-    top.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    top.add_argument("--runs", default="runs", metavar="DIR", help="folder of all runs, gs://... too (default: runs)")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command, help: str) -> argparse.ArgumentParser:
@@ -132,6 +133,7 @@ def parser() -> argparse.ArgumentParser:
     add_study(sub)
     add_running(sub)
     add_submitting(sub)
+    add_tpus(sub)
     sub = add("status", show_status, "what is known of the runs of a sweep, or of all sweeps below --runs")
     sub.add_argument("study", nargs="?", help="a study file, or the name of its folder of runs (default: all)")
     sub.add_argument("--json", action="store_true", help="print it as JSON")
@@ -143,6 +145,11 @@ def parser() -> argparse.ArgumentParser:
     sub = add("cancel", cancel_runs, "end runs of a sweep and give back what they hold")
     sub.add_argument("study", help="a study file, or the name of its folder of runs")
     sub.add_argument("run", nargs="*", metavar="RUN", help="which (default: all)")
+    sub = add("gc", collect_garbage, "list and delete TPU requests that no live run owns")
+    sub.add_argument("--delete", action="store_true", help="delete them")
+    sub.add_argument("--unknown", action="store_true", help="those of journals elsewhere too")
+    sub.add_argument("--zones", metavar="ZONE,...", help="besides those that the journals name")
+    sub.add_argument("--project", help="default: that of gcloud")
     sub = add("plan", plan, "compile a study's programs for TPUs that are not here: memory, time and cost of each run")
     add_study(sub)
     sub.add_argument("--tpu", required=True, metavar="SLICE", help="a slice, such as v5e-256, v6e-64, v5p-128, v4-32")
@@ -182,7 +189,31 @@ def add_submitting(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--parallel", type=int, metavar="N", help="how many workers, slices or jobs at a time")
     group.add_argument("--retries", type=int, default=1, help="of a run that crashes (default: %(default)s)")
     group.add_argument("--backoff", type=float, metavar="SECONDS", help="before a run's second attempt, then doubled")
+    group.add_argument("--budget", type=float, metavar="CHIP-HOURS", help="after which nothing more is submitted")
+    group.add_argument("--dry-run", action="store_true", help="print every command and file that would be sent")
     group.add_argument("--poll", type=float, metavar="SECONDS", help="between looks at what was submitted")
+
+
+def add_tpus(sub: argparse.ArgumentParser) -> None:
+    """Options of what a sweep asks a cloud for."""
+    group = sub.add_argument_group("TPU VMs")
+    group.add_argument("--tpu", metavar="SLICE", help="for each run: v5e-16, v6e-64, v5p-128, v4-32")
+    group.add_argument("--slices", type=int, default=1, metavar="N", help="how many such slices for each run")
+    group.add_argument("--zones", metavar="ZONE,...", help="in the order to try them")
+    group.add_argument(
+        "--provisioning", choices=("spot", "on-demand", "reserved"), default="spot", help="default: %(default)s"
+    )
+    group.add_argument("--project", help="default: that of gcloud")
+    group.add_argument("--service-account", metavar="EMAIL", help="of the machines; or $LAB_SERVICE_ACCOUNT")
+    group.add_argument("--runtime-version", help="default: the one for the chip")
+    group.add_argument("--valid-for", metavar="DURATION", help="how long a request may wait for capacity, such as 6h")
+    group.add_argument("--network", help="default: the project's default network")
+    group.add_argument("--subnetwork")
+    group.add_argument("--internal-ips", action="store_true", help="no address outside the network (needs Cloud NAT)")
+    group.add_argument("--python", metavar="PATH", help="on an image that has everything; else it is installed")
+    group.add_argument(
+        "--start-minutes", type=float, default=30.0, help="until a host must have come up (default: %(default)g)"
+    )
 
 
 def add_laws(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -301,6 +332,12 @@ def cancel_runs(options: argparse.Namespace) -> int:
     from launch import executors
 
     return executors.cancel(options)
+
+
+def collect_garbage(options: argparse.Namespace) -> int:
+    from launch import executors
+
+    return executors.collect_garbage(options)
 
 
 def plan(options: argparse.Namespace) -> int:

@@ -9,8 +9,9 @@ left: no run is done twice.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from launch.executor import Executor, Report, Stop, Unreachable
+from launch.executor import Executor, Refused, Report, Stop, Unreachable
 from launch.journal import Ended, Journal, Outcome, Patience, RunState, Task, outcome_of, states
 
 UNREACHED = 20  # times in a row that an executor may not be reached where the user has to mend something
@@ -80,8 +81,11 @@ class Controller:
                 f"{task.name} was begun with --on {task.on} and is not over: go on with that, or lab cancel it first."
             )
         if task.state == "intended":
-            extra = self.executor.submit(task)
-            task = self._record(task.now("submitted", "", extra={**task.extra, **extra}))
+            try:
+                extra = self.executor.submit(task)
+                task = self._record(task.now("submitted", "", extra={**task.extra, **extra}))
+            except Refused as error:
+                task = self._end(task, Report("failed", str(error)))
         cancelled = self.journal.cancelled()
         if task.state != "ending":
             if cancelled and ("*" in cancelled or cancelled >= set(task.runs)):
@@ -149,43 +153,41 @@ class Controller:
     def _begin(self) -> None:
         while True:
             tasks = self.journal.tasks()
-            live = [task for task in tasks if task.live]
-            now, finished = time.time(), self.finished()
-            names = [run.name for run in self.runs]
-            known = states(names, tasks, finished, self.journal.cancelled(), self.patience)
-            ready = [run for run in self.runs if known[run.name].state == "waiting" and known[run.name].until <= now]
-            if not ready or len(live) >= self.parallel or self._spent():
+            if self._spent() or (chosen := self._next(tasks)) is None:
                 return
-            place = self.executor.places(tasks)
-            if place is None:
-                return
-            chosen = self._share(ready, self.parallel - len(live)) if self.executor.packs else ready[:1]
-            task = self.journal.intend(
-                self.sweep, tasks, on=self.executor.name, runs=tuple(run.name for run in chosen), place=place,
-                chips=self.executor.chips,
-            )  # fmt: skip
+            task = self.journal.intend(self.sweep, tasks, **chosen)
             if task is None:  # another process took that number: look again
                 continue
-            self.say(f"{task.name} at {place}: {', '.join(task.runs)}")
+            self.say(f"{task.name} at {task.place}: {', '.join(task.runs)}")
             try:
                 self._follow(task)
             except Unreachable as error:
                 self._tell(f"{self.executor.name} could not be reached ({error}); trying again")
                 return
 
-    def _share(self, ready: Sequence[Wanted], rooms: int) -> list[Wanted]:
-        """The next task's part of what is left, about equal in FLOPs; what failed before goes alone."""
-        again = {name for name, state in self.states().items() if state.task is not None}
-        if (first := ready[0]).name in again:
-            return [first]
-        fresh = [run for run in ready if run.name not in again]
-        share, chosen = sum(run.flops for run in fresh) / rooms, list[Wanted]()
-        for position, run in enumerate(fresh):
-            others = len(fresh) - position  # so that no room is left without a run
-            if chosen and (sum(one.flops for one in chosen) + run.flops / 2 > share or others < rooms):
-                break
-            chosen.append(run)
-        return chosen
+    def _next(self, tasks: Sequence[Task]) -> dict[str, Any] | None:
+        """What the next task is to be, after these; None where it is not its time."""
+        live, now = sum(task.live for task in tasks), time.time()
+        names = [run.name for run in self.runs]
+        known = states(names, tasks, self.finished(), self.journal.cancelled(), self.patience)
+        ready = [run for run in self.runs if known[run.name].state == "waiting" and known[run.name].until <= now]
+        if not ready or live >= self.parallel or (place := self.executor.places(tasks)) is None:
+            return None
+        chosen = ready[:1]
+        if self.executor.packs:
+            again = {name for name, run in known.items() if run.task is not None}
+            chosen = share(ready, again, self.parallel - live)
+        runs = tuple(run.name for run in chosen)
+        return {"on": self.executor.name, "runs": runs, "place": place, "chips": self.executor.chips}
+
+    def preview(self) -> list[Task]:
+        """The tasks that the first round would begin."""
+        tasks = self.journal.tasks()
+        known = len(tasks)
+        while (chosen := self._next(tasks)) is not None:
+            number = len(tasks) + 1
+            tasks.append(Task(name=f"lab-{self.sweep}-{number}", number=number, **chosen))
+        return tasks[known:]
 
     def _spent(self) -> bool:
         if self.budget is None:
@@ -206,6 +208,21 @@ class Controller:
         if text != self._told:
             self._told = text
             self.say(text)
+
+
+def share(ready: Sequence[Wanted], again: set[str], rooms: int) -> list[Wanted]:
+    """The next task's part of what is ready, about equal in FLOPs, so that each room gets one; what was begun before
+    goes alone."""
+    if ready[0].name in again:
+        return [ready[0]]
+    fresh = [run for run in ready if run.name not in again]
+    part, chosen = sum(run.flops for run in fresh) / rooms, list[Wanted]()
+    for position, run in enumerate(fresh):
+        others = len(fresh) - position
+        if chosen and (sum(one.flops for one in chosen) + run.flops / 2 > part or others < rooms):
+            break
+        chosen.append(run)
+    return chosen
 
 
 def summary(known: Mapping[str, RunState]) -> str:

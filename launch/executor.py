@@ -21,6 +21,10 @@ class Unreachable(Exception):
         self.mend = mend
 
 
+class Refused(Exception):
+    """Asked for in vain: no quota, no capacity, or not to be had there."""
+
+
 class Stop(UserError):
     """Nothing can be submitted until the user has mended something."""
 
@@ -43,7 +47,9 @@ class Executor(Protocol):
 
     name: str
     packs: bool
-    chips: int
+
+    @property
+    def chips(self) -> int: ...
 
     def places(self, tasks: Sequence[Task]) -> str | None:
         """Where the next task is to go; None where there is no room besides the live ones of ``tasks``."""
@@ -51,7 +57,7 @@ class Executor(Protocol):
 
     def submit(self, task: Task) -> dict:
         """Asks for it, or finds that it was asked for before: calling this twice is calling it once. What it gives is
-        kept in the task's record."""
+        kept in the task's record. Raises Refused."""
         ...
 
     def poll(self, task: Task) -> Report: ...
@@ -62,6 +68,10 @@ class Executor(Protocol):
 
     def logs(self, task: Task, run: str) -> list[Path]:
         """Files that a run's output goes to, one for each host."""
+        ...
+
+    def preview(self, task: Task) -> str:
+        """Every command and file that submitting would send."""
         ...
 
     def interrupt(self, tasks: Sequence[Task]) -> str:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The executors by name: made from the command's options, or again from what the journal says of a sweep."""
+"""The executors by name: made from the command's options, or again from what the journal says of a sweep; and the
+commands that ask one for something."""
 
 import argparse
 import os
@@ -9,35 +10,73 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launch import status
-from launch.executor import Executor, Unreachable
-from launch.journal import Journal, Patience
+from launch import status, store
+from launch.controller import Controller, Wanted
+from launch.executor import Executor
+from launch.gcloud import Gcloud
+from launch.journal import Journal, Patience, Task
 from launch.workers import Workers, lab
+from research.core.chips import slice_of
 from research.core.errors import UserError
 
-BACKOFF = {"local": 5.0, "tpu-vm": 30.0, "sky": 30.0}
+BACKOFF = {"local": 5.0, "tpu-vm": 30.0, "sky": 30.0}  # seconds
 POLL = {"local": 0.5, "tpu-vm": 15.0, "sky": 15.0}
+TPU = ("tpu", "slices", "zones", "provisioning", "project", "runtime_version", "valid_for", "network", "subnetwork",
+       "internal_ips", "python", "start_minutes")  # fmt: skip
 
 
-def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What the journal must know to make the executor again: for lab logs, lab cancel, lab gc."""
-    return {"on": options.on, "parallel": parallel(options)}
-
-
-def parallel(options: argparse.Namespace) -> int:
+def about(study: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """The record of a sweep: what another process needs to go on with it, or to ask for its logs. The service account
+    is not in it."""
     count = options.parallel if options.parallel is not None else (os.cpu_count() or 1) if options.on == "local" else 1
-    if count < 1:
-        raise UserError(f"--parallel {count}: give 1 or more.")
-    return count
+    backoff = options.backoff if options.backoff is not None else BACKOFF[options.on]
+    for name, value, least in (
+        ("parallel", count, 1), ("retries", options.retries, 0), ("backoff", backoff, 0), ("slices", options.slices, 1)
+    ):  # fmt: skip
+        if value < least:
+            raise UserError(f"--{name} {value:g} must be at least {least}.")
+    if options.budget is not None and not options.budget > 0:
+        raise UserError(f"--budget {options.budget:g}: give chip-hours above 0.")
+    if options.on != "local":
+        if options.tpu is None:
+            raise UserError(f"--on {options.on} needs --tpu SLICE, such as v5e-16.")
+        slice_of(options.tpu)
+    if options.on == "tpu-vm" and not options.zones:
+        raise UserError("--on tpu-vm needs --zones ZONE[,ZONE...], in the order to try them, such as us-west4-a.")
+    return {
+        "on": options.on, "study": study.reference, "overrides": list(study.overrides), "runs": list(study.experiments),
+        "words": ["--stall-minutes", f"{options.stall_minutes:g}"], "parallel": count, "budget": options.budget,
+        "patience": asdict(Patience(retries=options.retries, backoff=backoff)),
+        **({name: getattr(options, name) for name in TPU} if options.on != "local" else {}),
+    }  # fmt: skip
 
 
-def make(on: str, journal: Journal, runs: Path, about: dict[str, Any]) -> Executor:
-    """about: the sweep's record in the journal."""
-    overrides = [word for assignment in about["overrides"] for word in ("--set", assignment)]
-    run = ["run", about["study"], *overrides, *about.get("words", ())]
+def make(journal: Journal, runs: Path, told: dict[str, Any], *, on: str = "", archive: str = "") -> Executor:
+    """told: the sweep's record. archive: of the code, for what is submitted; study: its reference there."""
+    on = on or told["on"]
+    overrides = [word for assignment in told["overrides"] for word in ("--set", assignment)]
     if on == "local":
-        return Workers(journal, lab("--runs", str(runs), *run), about["parallel"])
-    raise UserError(f"There is no executor {on!r}: choose local, tpu-vm or sky.")
+        run = ["run", told["study"], *overrides, *told["words"]]
+        return Workers(journal, lab("--runs", str(runs), *run), told["parallel"])
+    from launch import tpu_vm
+
+    settings = tpu_vm.Settings(
+        where=slice_of(told["tpu"]),
+        zones=tuple((told["zones"] or "").split(",")),
+        provisioning=told["provisioning"],
+        slices=told["slices"],
+        runtime=told["runtime_version"] or "",
+        valid_for=told["valid_for"] or "",
+        network=told["network"] or "",
+        subnetwork=told["subnetwork"] or "",
+        internal=told["internal_ips"],
+        python=told["python"] or "",
+        service_account=os.environ.get("LAB_SERVICE_ACCOUNT", ""),
+        start=told["start_minutes"],
+    )
+    run = ["run", told.get("packed", told["study"]), *overrides, *told["words"]]
+    words = ["-m", "launch.cli", "--runs", str(store.absolute(runs)), *run]
+    return tpu_vm.TpuVm(journal, Gcloud(told["project"]), settings, archive, words)
 
 
 def sweep(study: Any, options: argparse.Namespace) -> int:
@@ -45,28 +84,16 @@ def sweep(study: Any, options: argparse.Namespace) -> int:
     from launch import submit
     from launch import sweep as sweeps
 
-    backoff = options.backoff if options.backoff is not None else BACKOFF[options.on]
-    if options.retries < 0 or backoff < 0:
-        raise UserError(f"--retries {options.retries} and --backoff {backoff:g} must be at least 0.")
-    patience = Patience(retries=options.retries, backoff=backoff)
-    directory = options.runs / study.name
-    about = {
-        "study": study.reference, "overrides": list(study.overrides), "runs": list(study.experiments),
-        "words": ["--stall-minutes", f"{options.stall_minutes:g}"], "patience": asdict(patience), **settings(options),
-    }  # fmt: skip
-    code = submit.sweep(
-        study, directory, lambda journal: make(options.on, journal, options.runs, about), about=about,
-        patience=patience, poll=options.poll if options.poll is not None else POLL[options.on],
-    )  # fmt: skip
+    told, directory = about(study, options), options.runs / study.name
+    if options.service_account:
+        os.environ["LAB_SERVICE_ACCOUNT"] = options.service_account  # for this process alone
+    if options.dry_run:
+        return submit.preview(study, directory, told, options)
+    poll = options.poll if options.poll is not None else POLL[options.on]
+    code = submit.sweep(study, directory, told, runs=options.runs, poll=poll)
     if study.analyze is not None:
         sweeps.analyze(study, directory)
     return code
-
-
-def executor(journal: Journal, runs: Path, on: str | None = None) -> Executor:
-    """That of a sweep that was begun before."""
-    about = journal.about()
-    return make(on or about["on"], journal, runs, about)
 
 
 def logs(options: argparse.Namespace) -> int:
@@ -80,13 +107,13 @@ def logs(options: argparse.Namespace) -> int:
             names = ", ".join(journal.about()["runs"][:20])
             raise UserError(f"Nothing was begun for {options.run!r} in {directory}: its runs are {names}.")
         task = tasks[-1]
-        paths = executor(journal, options.runs, task.on).logs(task, options.run)
+        paths = make(journal, options.runs, journal.about(), on=task.on).logs(task, options.run)
         if options.host >= len(paths):
             raise UserError(f"{task.name} has {len(paths)} logs of hosts: --host counts from 0.")
         path = paths[options.host]
         if str(path) != last:
             shown, last = 0, str(path)
-        text = path.read_text(errors="replace") if path.exists() else ""
+        text = store.read(path) or ""
         sys.stdout.write(text[shown:])
         sys.stdout.flush()
         shown = len(text)
@@ -96,30 +123,60 @@ def logs(options: argparse.Namespace) -> int:
 
 
 def cancel(options: argparse.Namespace) -> int:
-    """Ends runs: writes it down for a process that submits, and ends what is live itself."""
+    """Ends runs: writes it down, and ends what is live, or waits until the process that submits has."""
+    from launch import submit
+
     (directory,) = status.sweeps(options.runs, options.study)
     journal = Journal(directory)
-    known = set(journal.about()["runs"])
-    if unknown := set(options.run) - known:
-        raise UserError(
-            f"{directory} has no run {', '.join(sorted(unknown))}: its runs are {', '.join(sorted(known))}."
-        )
+    told = journal.about()
+    if unknown := set(options.run) - set(told["runs"]):
+        names = ", ".join(sorted(told["runs"])[:20])
+        raise UserError(f"{directory} has no run {', '.join(sorted(unknown))}: its runs are {names}.")
     journal.cancel(options.run or ["*"])
-    wanted, deadline = set(options.run) or known, time.monotonic() + 120
-    live = [task for task in journal.tasks() if task.live and set(task.runs) <= wanted]
-    left = list(live)
-    while left and time.monotonic() < deadline:
-        left = [task for task in left if not _cancelled(executor(journal, options.runs, task.on), task)]
-        time.sleep(0.2 if left else 0)
-    print(
-        f"cancelled {len(wanted)} runs; {len(live) - len(left)} of {len(live)} live tasks have ended", file=sys.stderr
-    )
-    return 1 if left else 0
+    wanted = set(options.run) or set(told["runs"])
+
+    def left() -> list[Task]:
+        return [task for task in journal.tasks() if task.live and set(task.runs) <= wanted]
+
+    count, deadline = len(left()), time.monotonic() + 180
+    while left() and time.monotonic() < deadline:
+        try:
+            with submit.only_submitter(journal):
+                runs = [Wanted(name, 0.0, (directory / name / status.RESULT).exists) for name in told["runs"]]
+                executor, patience = make(journal, options.runs, told), Patience(**told["patience"])
+                Controller(journal, told["id"], executor, runs, 0, patience, submit.say).step()
+        except submit.Busy:
+            pass  # that process reads what was written
+        time.sleep(0.5)
+    print(f"{len(wanted)} runs cancelled; {count - len(left())} of {count} live tasks ended", file=sys.stderr)
+    return 1 if left() else 0
 
 
-def _cancelled(made: Executor, task: Any) -> bool:
-    try:
-        return made.cancel(task)
-    except Unreachable as error:
-        print(f"{task.name}: {error}", file=sys.stderr)
-        return False
+def collect_garbage(options: argparse.Namespace) -> int:
+    """Lists the requests that no live run owns, and deletes them with ``--delete``."""
+    from launch import tpu_vm
+
+    tasks: dict[str, Task] = {}
+    known: set[str] = set()
+    zones: dict[str, None] = dict.fromkeys(options.zones.split(",") if options.zones else [])
+    for directory in status.sweeps(options.runs, None):
+        journal = Journal(directory)
+        known.add(journal.about()["id"])
+        for task in journal.tasks():
+            if task.on == "tpu-vm":
+                tasks[task.name] = task
+                zones[task.place] = None
+    gcloud, kept = Gcloud(options.project), 0
+    for zone, name, state in tpu_vm.requests(gcloud, list(zones)):
+        task, sweep_id = tasks.get(name), name.split("-")[1]
+        if task is not None and task.live:
+            print(f"{zone}  {name}  {state}  in use: {', '.join(task.runs)}")
+            kept += 1
+        elif sweep_id not in known and not options.unknown:
+            print(f"{zone}  {name}  {state}  of a journal that is not below {options.runs}: --unknown takes it too")
+        elif options.delete:
+            gcloud.run(*tpu_vm.deletion(name, zone))
+            print(f"{zone}  {name}  {state}  deleted")
+        else:
+            print(f"{zone}  {name}  {state}  owned by no live run: --delete deletes it")
+    return 0

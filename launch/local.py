@@ -25,6 +25,10 @@ def use_compilation_cache(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+class Busy(UserError):
+    """Another process is at it."""
+
+
 def run(
     experiment: Experiment, directory: Path, *, profile: bool = False, stall_minutes: float = watchdog.MINUTES
 ) -> dict[str, Any]:
@@ -71,5 +75,5 @@ def locked(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"Another process is running {directory}: wait for it, or end it.") from None
+            raise Busy(f"Another process is running {directory}: wait for it, or end it.") from None
         yield

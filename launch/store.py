@@ -33,6 +33,11 @@ def is_remote(path: Path) -> bool:
     return "://" in os.fspath(path)
 
 
+def absolute(path: Path) -> Path:
+    """As every machine that can reach it knows it."""
+    return path if is_remote(path) else path.absolute()
+
+
 def create(path: Path, content: str) -> bool:
     """Writes a file that is not there; says whether it was this call that did. Of several callers one is told so."""
     if is_remote(path):

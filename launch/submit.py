@@ -10,37 +10,34 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from launch import collect, status, store
+from launch import bundle, collect, executors, status, store
 from launch.controller import Controller, Wanted, summary
 from launch.executor import Executor
-from launch.journal import Journal, Patience
-from launch.local import locked
+from launch.journal import SWEEP, Journal, Patience
+from launch.local import Busy, locked
+from launch.plan import own_files
 from launch.study import Study
-from research.core.errors import UserError
 from research.train.experiment import Experiment
 
 LEASE, STALE, RENEW = "submitter.json", 180.0, 45.0  # seconds
 
 
-def sweep(
-    study: Study,
-    directory: Path,
-    executor_of: Callable[[Journal], Executor],
-    *,
-    about: dict[str, Any],
-    patience: Patience,
-    poll: float,
-) -> int:
-    """about: the record of the sweep. Returns 0 where every run has finished. Raises UserError where another process
-    submits the same sweep."""
+def sweep(study: Study, directory: Path, told: dict[str, Any], *, runs: Path, poll: float) -> int:
+    """told: the record of the sweep. Returns 0 where every run has finished. Raises Busy where another process submits
+    the same sweep."""
     journal = Journal(directory)
     with only_submitter(journal):
-        sweep_id = journal.begin(about)
+        content, told = packed(study, told)
+        sweep_id = journal.begin(told)
         journal.resume()
-        controller = Controller(
-            journal, sweep_id, executor_of(journal), wanted(study, directory), about["parallel"], patience, say,
-            about.get("budget"), explain=lambda run: collect.failure(directory / run) or "",
-        )  # fmt: skip
+        archive = ""
+        if content is not None:
+            place = journal.folder / bundle.name_of(content)
+            archive = str(store.absolute(place))
+            if not place.exists():
+                store.write(place, content)
+        executor = executors.make(journal, runs, told, archive=archive)
+        controller = controlled(journal, sweep_id, executor, study, directory, told)
         follow(controller, study, directory, poll)
     known = controller.states()
     say(summary(known))
@@ -51,6 +48,42 @@ def sweep(
                 for path in controller.executor.logs(run.task, run.name)[:1]:
                     say(f"  its log: {path}")
     return 0 if all(run.state == "finished" for run in known.values()) else 1
+
+
+def controlled(
+    journal: Journal, sweep_id: str, executor: Executor, study: Study, directory: Path, told: dict[str, Any]
+) -> Controller:
+    return Controller(
+        journal, sweep_id, executor, wanted(study, directory), told["parallel"], Patience(**told["patience"]), say,
+        told["budget"], explain=lambda run: collect.failure(directory / run) or "",
+    )  # fmt: skip
+
+
+def packed(study: Study, told: dict[str, Any]) -> tuple[bytes | None, dict[str, Any]]:
+    """The code as an archive, and the record with the study's place in it; where the runs are done here, neither."""
+    if told["on"] == "local":
+        return None, told
+    content, reference = bundle.files(study.reference, own_files())
+    return bundle.archive(content), {**told, "packed": reference}
+
+
+def preview(study: Study, directory: Path, told: dict[str, Any], options: Any) -> int:
+    """``--dry-run``: prints every command and file that the first round would send; sends none."""
+    journal = Journal(directory)
+    content, told = packed(study, told)
+    sweep_id = (store.read_json(journal.folder / SWEEP) or {}).get("id", "00000000")
+    archive = f"{journal.folder / bundle.name_of(content)}" if content is not None else ""
+    executor = executors.make(journal, options.runs, told, archive=archive)
+    if content is not None:
+        print(f"--- {archive} ({len(content):,} bytes)")
+        print("\n".join(f"    {name}" for name in sorted(bundle.files(study.reference, own_files())[0])))
+    tasks = controlled(journal, sweep_id, executor, study, directory, told).preview()
+    for task in tasks:
+        print(f"--- {task.name} at {task.place}: {', '.join(task.runs)}")
+        print(executor.preview(task))
+    later = len(study.experiments) - sum(len(task.runs) for task in tasks)
+    print(f"{len(tasks)} tasks would be submitted now, of {told['parallel']} at a time; {later} runs are not in them")
+    return 0
 
 
 def wanted(study: Study, directory: Path) -> list[Wanted]:
@@ -92,7 +125,7 @@ def table(rows: Callable[[], list[status.Row]], title: str) -> Iterator[Callable
 
 @contextlib.contextmanager
 def only_submitter(journal: Journal) -> Iterator[None]:
-    """Keeps a second submitting process away. Raises UserError while there is one. On a bucket, where nothing goes with
+    """Keeps a second submitting process away. Raises Busy while there is one. On a bucket, where nothing goes with
     a process that dies, its word holds for some minutes."""
     if not store.is_remote(journal.folder):
         with locked(journal.folder):
@@ -101,7 +134,7 @@ def only_submitter(journal: Journal) -> Iterator[None]:
     me = {"host": socket.gethostname(), "process": os.getpid()}
     while (other := store.read_json(journal.folder / LEASE)) and not _gone(other, me):
         left = STALE - (time.time() - other["time"])
-        raise UserError(
+        raise Busy(
             f"{other['host']} (process {other['process']}) submits this sweep: wait for it or end it; if it is dead, "
             f"try again in {max(1, left):.0f} s."
         )

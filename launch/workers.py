@@ -8,6 +8,7 @@ before it began, so that whoever asks knows whether it lives, and leaves its exi
 import contextlib
 import fcntl
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -85,6 +86,9 @@ class Workers:
 
     def logs(self, task: Task, run: str) -> list[Path]:
         return [self.journal.task_folder(task) / LOG]
+
+    def preview(self, task: Task) -> str:
+        return f"$ {shlex.join([*self.command, '--only', *task.runs])}"
 
     def interrupt(self, tasks: Sequence[Task]) -> str:
         for task in tasks:

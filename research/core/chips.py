@@ -78,7 +78,8 @@ class Slice:
 
     @property
     def hosts(self) -> int:
-        return max(1, self.chips // self.chip.chips_per_host)
+        """Virtual machines: of four chips each, but for up to ``chips_per_host`` chips on one."""
+        return 1 if self.chips <= self.chip.chips_per_host else self.chips // 4
 
     @property
     def accelerator_type(self) -> str:

@@ -26,15 +26,16 @@ PACKAGES = (
     "numpy",
 )
 FILE = "provenance.jsonl"
+SOURCE = "source.json"  # at the root of a copy that was packed
+ROOT = Path(__file__).resolve().parents[2]
 MAX_DIFF = 200_000
 
 
 def git(*arguments: str) -> str | None:
     """What git says of the code's own checkout; None where there is no git or no checkout."""
-    root = Path(__file__).resolve().parents[2]
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -48,16 +49,26 @@ def version(package: str) -> str | None:
         return None
 
 
-def gather(mesh: Mesh) -> dict[str, Any]:
-    """Everything needed to say what ran, as JSON."""
+def source() -> dict[str, Any]:
+    """Commit and uncommitted changes of the code; of a copy without git, those that were packed with it."""
+    packed = ROOT / SOURCE
+    if packed.exists():
+        return json.loads(packed.read_text())
     commit = git("rev-parse", "HEAD")
     diff = git("diff", "HEAD") if commit else None
-    device = mesh.devices.flat[0]
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit.strip() if commit else None,
         "diff": diff[:MAX_DIFF] if diff else diff,
         "untracked": (git("ls-files", "--others", "--exclude-standard") or "").splitlines()[:100],
+    }
+
+
+def gather(mesh: Mesh) -> dict[str, Any]:
+    """Everything needed to say what ran, as JSON."""
+    device = mesh.devices.flat[0]
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **source(),
         "command": sys.argv,
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},

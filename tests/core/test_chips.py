@@ -12,7 +12,7 @@ from research.core.errors import UserError
 @pytest.mark.parametrize(
     ("name", "chips", "topology", "hosts", "asked"),
     [
-        ("v5e-256", 256, "16x16", 32, "v5litepod-256"),
+        ("v5e-256", 256, "16x16", 64, "v5litepod-256"),
         ("v5litepod-4", 4, "2x2", 1, "v5litepod-4"),
         ("V6e-8", 8, "2x4", 1, "v6e-8"),
         ("v5p-128", 64, "4x4x4", 16, "v5p-128"),  # names of v4 and v5p count TensorCores
