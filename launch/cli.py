@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import distributed, host, store
+from launch.journal import ALONE, REFUSED
 from research.train import watchdog
 
 TESTED_JAX = (0, 10)
@@ -48,6 +49,8 @@ def guarded(options: argparse.Namespace) -> int:
     try:
         options.runs = store.place(options.runs)
         return options.command(options)
+    except distributed.Apart as error:
+        return fail(str(error), code=ALONE)
     except UserError as error:
         return fail(str(error))
     except OSError as error:
@@ -72,9 +75,9 @@ def quiet_unraisable(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def fail(sentence: str) -> int:
+def fail(sentence: str, *, code: int = REFUSED) -> int:
     print(f"lab: error: {sentence}", file=sys.stderr)
-    return 2
+    return code
 
 
 def check_jax() -> int:
@@ -211,6 +214,9 @@ def add_tpus(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--subnetwork")
     group.add_argument("--internal-ips", action="store_true", help="no address outside the network (needs Cloud NAT)")
     group.add_argument("--python", metavar="PATH", help="on an image that has everything; else it is installed")
+    group.add_argument(
+        "--gcloud-timeout", type=float, default=120.0, metavar="SECONDS", help="of one command (default: %(default)g)"
+    )
     group.add_argument(
         "--start-minutes", type=float, default=30.0, help="until a host must have come up (default: %(default)g)"
     )

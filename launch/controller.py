@@ -100,7 +100,8 @@ class Controller:
         if report.condition in ("pending", "active"):
             state = "submitted" if report.condition == "pending" else "active"
             known = {run: self._ended(task, run, report, "crashed") for run in report.codes}
-            after = task.now(state, report.detail, current=report.current, outcomes={**task.outcomes, **known})
+            after = task.now(state, report.detail, current=report.current, outcomes={**known, **task.outcomes})
+            self._say_ends(task, after)
             return self._record(after) if after != task else task
         if report.condition == "absent" and task.state == "submitted" and task.active is None:
             return self._end(task, replace(report, condition="failed", detail=report.detail or "it is not there"))
@@ -126,10 +127,9 @@ class Controller:
             else:
                 ended = Ended("crashed", None, report.details.get(run) or report.detail or "it left no exit status")
             outcomes[run] = ended
-        for run, ended in outcomes.items():
-            if run not in task.outcomes:
-                self._say_end(run, ended)
-        return self._record(task.now("ending", report.detail, current="", outcomes=outcomes))
+        after = task.now("ending", report.detail, current="", outcomes=outcomes)
+        self._say_ends(task, after)
+        return self._record(after)
 
     def _ended(self, task: Task, run: str, report: Report, unknown: Outcome) -> Ended:
         code = report.codes[run]
@@ -199,9 +199,10 @@ class Controller:
 
     # --- words -------------------------------------------------------------------------------------
 
-    def _say_end(self, run: str, ended: Ended) -> None:
-        if ended.outcome not in ("untouched", "cancelled"):
-            self.say(f"{run}: {ended.outcome}" + (f" ({ended.detail})" if ended.detail else ""))
+    def _say_ends(self, before: Task, after: Task) -> None:
+        for run, ended in after.outcomes.items():
+            if run not in before.outcomes and ended.outcome not in ("untouched", "cancelled"):
+                self.say(f"{run}: {ended.outcome}" + (f" ({ended.detail})" if ended.detail else ""))
 
     def _tell(self, text: str) -> None:
         """Says it once, however often it holds."""

@@ -26,6 +26,10 @@ OPTIONS = {
 }
 
 
+class Apart(UserError):
+    """Hosts that did not come together: nothing is wrong with the run."""
+
+
 @dataclass(frozen=True)
 class Hosts:
     """``count`` processes, of which this one has ``index``; all meet at ``coordinator``, HOST:PORT of host 0.
@@ -159,9 +163,9 @@ def leave(code: int) -> None:
 
 
 def meet(hosts: Hosts, timeout: float) -> None:
-    """Returns once all hosts are at host 0. Raises UserError, on every host that came, naming those that did not."""
+    """Returns once all hosts are at host 0. Raises Apart, on every host that came, naming those that did not."""
     if (sentence := asyncio.run(_meet(hosts, timeout))) is not None:
-        raise UserError(sentence)
+        raise Apart(sentence)
 
 
 async def _meet(hosts: Hosts, timeout: float) -> str | None:

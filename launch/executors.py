@@ -22,7 +22,7 @@ from research.core.errors import UserError
 BACKOFF = {"local": 5.0, "tpu-vm": 30.0, "sky": 30.0}  # seconds
 POLL = {"local": 0.5, "tpu-vm": 15.0, "sky": 15.0}
 TPU = ("tpu", "slices", "zones", "provisioning", "project", "runtime_version", "valid_for", "network", "subnetwork",
-       "internal_ips", "python", "start_minutes")  # fmt: skip
+       "internal_ips", "python", "start_minutes", "gcloud_timeout")  # fmt: skip
 
 
 def about(study: Any, options: argparse.Namespace) -> dict[str, Any]:
@@ -45,7 +45,9 @@ def about(study: Any, options: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--on tpu-vm needs --zones ZONE[,ZONE...], in the order to try them, such as us-west4-a.")
     return {
         "on": options.on, "study": study.reference, "overrides": list(study.overrides), "runs": list(study.experiments),
-        "words": ["--stall-minutes", f"{options.stall_minutes:g}"], "parallel": count, "budget": options.budget,
+        "words": [
+            "--stall-minutes", f"{options.stall_minutes:g}", "--host-timeout", f"{options.host_timeout:g}"
+        ], "parallel": count, "budget": options.budget,
         "patience": asdict(Patience(retries=options.retries, backoff=backoff)),
         **({name: getattr(options, name) for name in TPU} if options.on != "local" else {}),
     }  # fmt: skip
@@ -76,7 +78,7 @@ def make(journal: Journal, runs: Path, told: dict[str, Any], *, on: str = "", ar
     )
     run = ["run", told.get("packed", told["study"]), *overrides, *told["words"]]
     words = ["-m", "launch.cli", "--runs", str(store.absolute(runs)), *run]
-    return tpu_vm.TpuVm(journal, Gcloud(told["project"]), settings, archive, words)
+    return tpu_vm.TpuVm(journal, Gcloud(told["project"], told["gcloud_timeout"]), settings, archive, words)
 
 
 def sweep(study: Any, options: argparse.Namespace) -> int:

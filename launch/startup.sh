@@ -2,8 +2,11 @@
 # Runs as root on every host of a TPU slice at each of its boots: fetches the code, installs it once, and starts the same
 # program on every host. Whatever goes wrong is told in the bucket, and the slice is given back.
 set -Eeuo pipefail
-meta() { curl -sf --retry 5 --retry-connrefused -H 'Metadata-Flavor: Google' \
-  "http://${GCE_METADATA_HOST:-metadata.google.internal}/computeMetadata/v1/instance/$1"; }
+meta() { python3 -c 'import os, sys, urllib.request as web
+host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
+asked = web.Request(f"http://{host}/computeMetadata/v1/instance/{sys.argv[1]}", headers={"Metadata-Flavor": "Google"})
+print(web.urlopen(asked, timeout=10).read().decode(), end="")' "$1"; }
+again() { for wait in 2 8 32 0; do "$@" && return 0; sleep "$wait"; done; return 1; }
 
 work=${LAB_WORK:-/var/lib/lab}
 mkdir -p "$work"
@@ -13,7 +16,7 @@ exec >>"$work/startup.log" 2>&1
 echo "$(date -u +%FT%TZ) boot"
 rm -f /tmp/libtpu_lockfile      # left by a process that was killed, it would stop the next one
 
-meta attributes/lab-config >"$work/config.json.part" && mv "$work/config.json.part" "$work/config.json"
+again meta attributes/lab-config >"$work/config.json.part" && mv "$work/config.json.part" "$work/config.json"
 field() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1])).get(sys.argv[2]) or "")' "$work/config.json" "$1"; }
 task=$(field task) folder=$(field folder) zone=$(field zone) archive=$(field archive) python=$(field python)
 worker=$(meta attributes/agent-worker-number || echo 0)
@@ -30,8 +33,6 @@ give_up() {
   exit "$code"
 }
 trap give_up ERR
-
-again() { for wait in 2 8 32 0; do "$@" && return 0; sleep "$wait"; done; return 1; }
 
 code="$work/$(basename "$archive" .tar.gz)"
 if [ ! -e "$code/.unpacked" ]; then

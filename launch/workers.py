@@ -144,13 +144,13 @@ def pinned(index: int, count: int) -> dict[str, str]:
     return {}
 
 
-def last_words(log: Path, lines: int = 5) -> str:
+def last_words(log: Path, lines: int = 3) -> str:
     """The end of a run's output."""
     try:
         text = log.read_text(errors="replace")
     except OSError:
         return ""
-    kept = [line.strip() for line in text.splitlines() if line.strip()]
+    kept = [line.strip() for line in text.splitlines() if line.strip(" ^~\t")]
     error = [line for line in kept if line.startswith("lab: error:")]
     return error[-1].removeprefix("lab: error: ") if error else " | ".join(kept[-lines:])
 

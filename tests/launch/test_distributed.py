@@ -131,7 +131,7 @@ def test_lab_ends_with_the_sentence_when_a_host_does_not_come(address):
     where = ["--coordinator", address, "--hosts", "2", "--host", "0"]
     command = [sys.executable, "-m", "launch.cli", *words, *where]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 4 and done.stderr.count("\n") == 1, done.stderr
     assert f"1 of 2 hosts did not come to {address} within 2 s: host 1;" in done.stderr
 
 
