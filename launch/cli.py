@@ -169,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
     add_study(add("list", list_runs, "list a study's experiments and how far they are"))
     add_laws(add)
     sub = add("sample", sample, "write text with a trained model")
-    sub.add_argument("run", type=Path, help="a run's folder, or one of its checkpoints")
+    sub.add_argument("run", help="a run's folder, gs://... too, or one of its checkpoints")
     sub.add_argument("--prompt", required=True, help="the text to go on from")
     sub.add_argument("--tokens", type=int, default=128, help="tokens to add at most")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
@@ -384,7 +384,7 @@ def sample(options: argparse.Namespace) -> int:
 
     print(
         samples.sample(
-            options.run,
+            store.place(options.run),
             prompt=options.prompt,
             tokens=options.tokens,
             temperature=options.temperature,

@@ -3,6 +3,7 @@
 
 import ctypes
 import errno
+import hashlib
 import importlib.util
 import os
 import sys
@@ -18,6 +19,12 @@ def cache_dir() -> Path:
     """Prepared corpora, tokenizers, compiled programs and plans: $LAB_CACHE, or the user's cache folder."""
     base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return Path(os.environ.get("LAB_CACHE", base / "scaling-lab"))
+
+
+def mirrored(directory: Path) -> Path:
+    """Where this machine keeps what it has of a bucket's folder."""
+    name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+    return cache_dir() / "mirrors" / name / directory.name
 
 
 def computes_on_cpu() -> bool:

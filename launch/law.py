@@ -21,6 +21,7 @@ from research.scaling.corrections import Correction
 from research.scaling.envelope import Curves
 from research.scaling.page import finite
 from research.scaling.table import Table
+from research.train.places import is_remote
 
 COLUMNS = ("params", "tokens", "flops", "loss", "name", "status")
 
@@ -132,7 +133,7 @@ def recommend(options: argparse.Namespace) -> int:
     served, unique = (token_count(options, name) for name in ("served", "unique_tokens"))
     asked, loaded = replace(settings(options), correct=False), load(options)
     family = chosen_family(loaded, options.family)
-    path = experiment_file.checked(options.out or options.runs / "recommended.py")
+    path = experiment_file.checked(options.out or here(options) / "recommended.py")
     found = analyse(loaded.table, settings=asked)
     print("\n".join((*loaded.notes, *found.sentences)))
     advice = advise(found, served=served, unique_tokens=unique)
@@ -196,6 +197,11 @@ def plan(
     return Planned(name, model, flops, tokens)
 
 
+def here(options: argparse.Namespace) -> Path:
+    """Where study files go by default: below --runs, or, where that is a bucket, which none is loaded from, below runs."""
+    return Path("runs") if is_remote(options.runs) else options.runs
+
+
 def suggest(options: argparse.Namespace) -> int:
     allocation.check_flops(options.budget)
     if options.out is not None and options.out.suffix == ".py":
@@ -218,7 +224,7 @@ def suggest(options: argparse.Namespace) -> int:
         planned.append(plan(f"next-{i + 1}", model, run.flops, tokens, loaded, options))
     built = [f"{run.name}: {buildable.describe(run.model)}, {run.flops:.3g} FLOPs." for run in planned]
     print("\n".join((*loaded.notes, *found.remarks, *proposal.sentences, "The nearest that can be built:", *built)))
-    folder = options.out or options.runs
+    folder = options.out or here(options)
     record = {"sentences": list(proposal.sentences), **asdict(proposal), "narrower": proposal.narrower}
     write_atomically(folder / "next.json", json.dumps(finite(record), indent=2, allow_nan=False) + "\n")
     path = folder / "next.py"

@@ -3,7 +3,9 @@
 
 import contextlib
 import fcntl
+import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ import jax
 
 from launch import host
 from research.core.types import UserError
-from research.train import hosts, loop, progress, watchdog
+from research.train import checkpoint, hosts, loop, progress, watchdog
 from research.train.experiment import Experiment
+from research.train.mirror import Mirror
 from research.train.monitor import Diverged
+from research.train.places import is_remote
 
 FAILURE, LOCK = "failure.json", ".lock"
 
@@ -37,6 +41,15 @@ def run(
     use_compilation_cache(folder)
     options = loop.Options(cache_dir=folder, progress=progress.choose(), profile=profile, stall_minutes=stall_minutes)
     with contextlib.ExitStack() as stack:
+        if is_remote(directory):
+            mirror = Mirror(directory, host.mirrored(directory))
+            options = replace(options, checkpointer=functools.partial(
+                checkpoint.Checkpointer, folder=directory / checkpoint.FOLDER, before_saving=mirror.send_first
+            ))  # fmt: skip
+            directory = mirror.local
+            hosts.from_first(mirror.fetch)
+            if hosts.first():
+                stack.enter_context(mirror.kept())
 
         def begin() -> None:
             stack.enter_context(locked(directory))
@@ -56,7 +69,9 @@ def run(
 
 
 def is_locked(directory: Path) -> bool:
-    """Whether a process is running it now."""
+    """Whether a process is running it now, as far as this machine can tell."""
+    if is_remote(directory):
+        directory = host.mirrored(directory)
     try:
         with (directory / LOCK).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -4,7 +4,6 @@
 A bucket needs the extra ``gcs``. Objects there are whole or not at all; files here are written beside and renamed.
 """
 
-import importlib.util
 import json
 import os
 import tempfile
@@ -13,29 +12,9 @@ from typing import Any
 
 from research.core.errors import UserError
 from research.core.files import write_atomically
+from research.train.places import absolute, is_remote, place
 
-
-def place(text: str | os.PathLike) -> Path:
-    """A folder by its name. Raises UserError for a bucket that nothing here can read, or another scheme."""
-    name = os.fspath(text)
-    if "://" not in name:
-        return Path(name)
-    if not name.startswith("gs://"):
-        raise UserError(f"{name} is no folder that can be used: give a path, or a bucket as gs://BUCKET/FOLDER.")
-    if importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"To use {name}, install the extra gcs: pip install -c constraints.txt -e '.[gcs]'.")
-    from etils import epath
-
-    return epath.Path(name)  # type: ignore[return-value]  # a Path in all but its class
-
-
-def is_remote(path: Path) -> bool:
-    return "://" in os.fspath(path)
-
-
-def absolute(path: Path) -> Path:
-    """As every machine that can reach it knows it."""
-    return path if is_remote(path) else path.absolute()
+__all__ = ["absolute", "create", "is_remote", "names", "place", "read", "read_json", "text", "write"]
 
 
 def create(path: Path, content: str) -> bool:

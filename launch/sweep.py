@@ -16,7 +16,9 @@ from research.scaling.table import write_csv
 from research.train import hosts, watchdog
 from research.train.checkpoint import brief
 from research.train.experiment import Experiment, Flops
+from research.train.mirror import Mirror
 from research.train.monitor import Diverged
+from research.train.places import is_remote
 
 
 def sweep(study: Study, directory: Path, *, stall_minutes: float = watchdog.MINUTES) -> int:
@@ -78,11 +80,17 @@ def analyze(study: Study, directory: Path) -> None:
     """The study's own analysis of what has finished so far, written into the study's folder."""
     if study.analyze is None:
         raise UserError(f"{study.reference} has no function analyze(runs, out): there is nothing to conclude.")
-    runs = collect.table(study, directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_csv(runs, directory / "table.csv")
+    runs, out, mirror = collect.table(study, directory), directory, None
+    if is_remote(directory):
+        out = host.mirrored(directory)
+        mirror = Mirror(directory, out)
+        mirror.fetch()
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(runs, out / "table.csv")
     with told(study.reference):
-        study.analyze(runs, directory)
+        study.analyze(runs, out)
+    if mirror is not None:
+        mirror.send()
     say(f"results are in {directory}")
 
 

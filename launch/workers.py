@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launch import host, store
 from launch.executor import Report, Unreachable
 from launch.journal import Journal, Task
 
@@ -44,7 +45,8 @@ class Workers:
         return next((f"worker {i}" for i in range(self.count) if f"worker {i}" not in taken), None)
 
     def submit(self, task: Task) -> dict:
-        folder = self.journal.task_folder(task)
+        folder = self._folder(task)
+        folder.mkdir(parents=True, exist_ok=True)
         (run,) = task.runs
         with self._lock(folder) as lock:
             if lock is None or (folder / EXIT).exists():
@@ -62,7 +64,7 @@ class Workers:
         return {}
 
     def poll(self, task: Task) -> Report:
-        folder, (run,) = self.journal.task_folder(task), task.runs
+        folder, (run,) = self._folder(task), task.runs
         with self._lock(folder) as lock:
             if lock is None:
                 return Report("active", current=run)
@@ -73,7 +75,7 @@ class Workers:
         return Report("ended", codes={run: code}, details={run: last_words(folder / LOG)} if code else {})
 
     def cancel(self, task: Task) -> bool:
-        folder = self.journal.task_folder(task)
+        folder = self._folder(task)
         with self._lock(folder) as lock:
             if lock is not None:
                 return True
@@ -85,15 +87,20 @@ class Workers:
         return False
 
     def logs(self, task: Task, run: str) -> list[Path]:
-        return [self.journal.task_folder(task) / LOG]
+        return [self._folder(task) / LOG]
 
     def preview(self, task: Task) -> str:
         return f"$ {shlex.join([*self.command, '--only', *task.runs])}"
 
     def interrupt(self, tasks: Sequence[Task]) -> str:
         for task in tasks:
-            self._signal(self.journal.task_folder(task), signal.SIGTERM)
+            self._signal(self._folder(task), signal.SIGTERM)
         return "the workers save and leave; the same command goes on from there"
+
+    def _folder(self, task: Task) -> Path:
+        """Of locks and output, which are this machine's."""
+        folder = self.journal.task_folder(task)
+        return host.mirrored(folder) if store.is_remote(folder) else folder
 
     def _signal(self, folder: Path, number: int) -> None:
         """To the run, not to the shell that waits for its status."""

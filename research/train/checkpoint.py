@@ -9,7 +9,7 @@ number for a name is a whole checkpoint.
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from research.core import config
 from research.core.tree import named_leaves
 from research.core.types import Array, UserError
 from research.train.experiment import WATCHING, CheckpointPolicy
+from research.train.places import absolute, is_remote, place
 from research.train.state import TrainState
 
 FOLDER = "checkpoints"
+COMMITTED = "commit_success.txt"  # as Orbax marks a whole one in a bucket
 
 
 class CheckpointError(UserError):
@@ -31,8 +33,17 @@ class CheckpointError(UserError):
 
 def steps(directory: Path) -> list[int]:
     """Steps of the whole checkpoints of a run, oldest first. Needs no Orbax."""
-    folder = directory / FOLDER
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.is_dir() else []
+    return steps_in(directory / FOLDER)
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Of the whole checkpoints in a folder. In a bucket, where nothing can be renamed, a whole one is marked so."""
+    if not folder.is_dir():
+        return []
+    found = [entry for entry in folder.iterdir() if entry.name.isdigit()]
+    if is_remote(folder):
+        found = [entry for entry in found if (entry / COMMITTED).exists()]
+    return sorted(int(entry.name) for entry in found)
 
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -65,11 +76,21 @@ def check_model(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
 
 
 class Checkpointer:
-    """Saves and restores one run's checkpoints under ``directory/checkpoints``."""
+    """Saves and restores one run's checkpoints under ``directory/checkpoints``, or in another folder. before_saving is
+    called before each save begins."""
 
-    def __init__(self, directory: Path, policy: CheckpointPolicy, *, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        policy: CheckpointPolicy,
+        *,
+        folder: Path | None = None,
+        before_saving: Callable[[], None] = lambda: None,
+        read_only: bool = False,
+    ) -> None:
         self.directory, self.policy, self.read_only = directory, policy, read_only
-        self._folder = directory / FOLDER
+        self._before_saving = before_saving
+        self._folder = folder or directory / FOLDER
         self._opened: Any = None
 
     @property
@@ -82,7 +103,7 @@ class Checkpointer:
             for name in ("absl", "asyncio"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
             self._opened = ocp.CheckpointManager(
-                self._folder.absolute(),
+                absolute(self._folder),
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=self.policy.keep_last,
                     keep_period=self.policy.keep_every or None,
@@ -97,6 +118,7 @@ class Checkpointer:
         """Starts writing; returns once the state has been copied. A failure of the save before surfaces here."""
         import orbax.checkpoint as ocp
 
+        self._before_saving()
         rest = state._replace(params=None)._asdict()
         try:
             self._manager.save(
@@ -151,10 +173,19 @@ class Checkpointer:
             raise self._failed("read", step, error) from error
         return state, found["data"]
 
+    @property
+    def remote(self) -> bool:
+        """Whether they go to a bucket, which all hosts share."""
+        return is_remote(self._folder)
+
+    def steps(self) -> list[int]:
+        """Of the whole ones, oldest first."""
+        return steps_in(self._folder)
+
     def last(self) -> Path | None:
         """The folder of the newest checkpoint, once what is being written is on disk."""
         self.wait()
-        saved = steps(self.directory)
+        saved = self.steps()
         return self._folder / str(saved[-1]) if saved else None
 
     def wait(self) -> None:
@@ -182,7 +213,7 @@ class Checkpointer:
         elif verb == "read":
             todo = "remove that folder to go on from an earlier checkpoint or from the start"
         else:
-            todo = f"earlier ones are whole (steps {steps(self.directory) or 'none'}): free some space and start again"
+            todo = f"earlier ones are whole (steps {self.steps() or 'none'}): free some space and start again"
         return CheckpointError(f"The checkpoint {which} could not be {verb} ({reason}); {todo}.")
 
 
@@ -221,7 +252,7 @@ def read_item(path: str | os.PathLike, item: str) -> Any:
 
     directory, step = locate(path)
     try:
-        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(directory.absolute() / FOLDER / str(step) / item)
+        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(absolute(directory) / FOLDER / str(step) / item)
     except Exception as error:
         raise CheckpointError(
             f"The checkpoint {directory / FOLDER / str(step)} cannot be read ({brief(error)})."
@@ -230,7 +261,7 @@ def read_item(path: str | os.PathLike, item: str) -> Any:
 
 def locate(path: str | os.PathLike) -> tuple[Path, int]:
     """The run folder and step meant by a run's folder (its newest checkpoint) or by a checkpoint's own folder."""
-    given = Path(path)
+    given = place(path)
     if given.name.isdigit() and given.parent.name == FOLDER and given.is_dir():
         return given.parent.parent, int(given.name)
     found = steps(given)
@@ -255,7 +286,7 @@ def load_params(path: str | os.PathLike, shapes: Any, layout: Any) -> Any:
     targets = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(directory.absolute() / FOLDER / str(step) / "params", targets)
+            params = checkpointer.restore(absolute(directory) / FOLDER / str(step) / "params", targets)
         compare(read_item(path, "checksums"), checksums({"params": params}))
         return params
     except Exception as error:

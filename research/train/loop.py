@@ -3,7 +3,7 @@
 checkpoint, to its end."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from research.core.types import Context, EvalRun, Stream, UserError
 from research.scaling import cost
 from research.train import hardware, hosts, metrics, provenance, watchdog
 from research.train.checkpoint import Checkpointer, check_unchanged
-from research.train.experiment import Experiment
+from research.train.experiment import CheckpointPolicy, Experiment
 from research.train.interrupt import Interrupt
 from research.train.monitor import Monitor
 from research.train.progress import Progress, Silent
@@ -32,13 +32,14 @@ RECORD, RESULT = "experiment.json", "result.json"
 
 @dataclass(frozen=True)
 class Options:
-    """How to run, as opposed to what: where caches lie, what to show, whether to trace a few steps, and after how many
-    minutes without progress to give up (0: never)."""
+    """How to run, as opposed to what: where caches lie, what to show, whether to trace a few steps, after how many
+    minutes without progress to give up (0: never), and where checkpoints go."""
 
     cache_dir: Path
     progress: Progress = field(default_factory=Silent)
     profile: bool = False
     stall_minutes: float = watchdog.MINUTES
+    checkpointer: Callable[[Path, CheckpointPolicy], Checkpointer] = Checkpointer
 
 
 def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, Any]:
@@ -62,8 +63,9 @@ def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, 
         hosts.check_equal("data", stream.get_state())
         with Watchdog(experiment.name, options.stall_minutes) as watchdog:
             hosts.from_first(lambda: write_json(directory / RECORD, experiment.record()))
-            hosts.check_shared(directory)
-            with contextlib.closing(Checkpointer(directory, experiment.checkpoint)) as checkpoints:
+            with contextlib.closing(options.checkpointer(directory, experiment.checkpoint)) as checkpoints:
+                if not checkpoints.remote:
+                    hosts.check_shared(directory)
                 state = first_state(program, checkpoints, stream)
                 done = int(state.step)
                 with hosts.together():

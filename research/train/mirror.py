@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's folder in a bucket: its small files are written on this machine and sent on, its checkpoints go there directly.
+"""A run's folder in a bucket: small files are written on this machine and sent on, checkpoints go there directly.
 
 Objects cannot be appended to, as metrics are. So a run works in a folder of this machine, fetched before it goes on and
 sent before each checkpoint is begun, so that no checkpoint is ahead of the metrics that lead to it; and every so often
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from research.core.types import UserError
+from research.train import hosts
 
 EVERY = 30.0  # seconds between what is sent for whoever watches
 KEPT_APART = ("checkpoints", ".lock", ".sweep")  # by name; checkpoints are in the bucket alone
@@ -53,13 +54,18 @@ class Mirror:
                     (self.remote / name).unlink(missing_ok=True)
                 del self._sent[name]
 
+    def send_first(self) -> None:
+        """``send``, by the first host alone."""
+        if hosts.first():
+            self.send()
+
     def _put(self, name: str, content: bytes) -> None:
         try:
             (self.remote / name).write_bytes(content)
         except Exception as error:  # of whatever class the cloud's client raises
             raise UserError(
-                f"{self.remote / name} could not be written ({' '.join(str(error).split())[:300]}): see that the bucket is "
-                "there and that this account may write to it."
+                f"{self.remote / name} could not be written ({' '.join(str(error).split())[:300]}): see that the "
+                "bucket is there and that this account may write to it."
             ) from error
 
     @contextlib.contextmanager

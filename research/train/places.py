@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders by name, on this machine or in a bucket (``gs://BUCKET/FOLDER``, which needs the extra ``gcs``), without JAX."""
+"""Folders by name, on this machine or in a bucket (``gs://BUCKET/FOLDER``, by the extra ``gcs``); without JAX."""
 
 import importlib.util
 import os

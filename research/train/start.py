@@ -2,7 +2,6 @@
 """What is made once before the first step: the compiled program's pieces, the first state, the frozen models."""
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -61,7 +60,7 @@ class Program:
 
 def first_state(program: Program, checkpoints: checkpoint.Checkpointer, stream: Stream) -> TrainState:
     """The state to go on from: the run's last checkpoint, else what ``experiment.init`` names, else fresh."""
-    experiment, saved = program.experiment, hosts.from_first(lambda: checkpoint.steps(checkpoints.directory))
+    experiment, saved = program.experiment, hosts.from_first(checkpoints.steps)
     if saved:
         return _restore(program, checkpoints, saved[-1], stream, experiment.record())
     init = experiment.init
@@ -72,7 +71,7 @@ def first_state(program: Program, checkpoints: checkpoint.Checkpointer, stream: 
         ema = jax.tree.map(jnp.copy, params) if experiment.ema else None
         return program.fresh()._replace(params=params, ema=ema)
     checkpoint.check_model(init.checkpoint, experiment.record())
-    directory, last = checkpoint.locate(Path(init.checkpoint))
+    directory, last = checkpoint.locate(init.checkpoint)
     other = checkpoint.Checkpointer(directory, experiment.checkpoint, read_only=True)
     try:
         return _restore(program, other, last, stream, None)

@@ -30,8 +30,8 @@ HOURS = 3600.0  # what a disturbed call sleeps
 
 
 def say(status, code=1):
-    print(f"ERROR: (gcloud.compute.tpus) {status} This command is authenticated as tester@example.com which is the active "
-          "account specified by the [core/account] property.", file=sys.stderr)  # fmt: skip
+    account = "This command is authenticated as tester@example.com which is the active account specified by the "
+    print(f"ERROR: (gcloud.compute.tpus) {status} {account}[core/account] property.", file=sys.stderr)
     sys.exit(code)
 
 
