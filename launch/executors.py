@@ -43,6 +43,10 @@ def about(study: Any, options: argparse.Namespace) -> dict[str, Any]:
         slice_of(options.tpu)
     if options.on == "tpu-vm" and not options.zones:
         raise UserError("--on tpu-vm needs --zones ZONE[,ZONE...], in the order to try them, such as us-west4-a.")
+    if options.on == "sky" and not store.is_remote(options.runs):
+        raise UserError("--on sky needs --runs gs://BUCKET/FOLDER: its machines share no other folder.")
+    if options.on == "sky" and options.slices > 1:
+        raise UserError(f"--on sky gives each run one slice, not {options.slices}: --on tpu-vm joins several.")
     return {
         "on": options.on, "study": study.reference, "overrides": list(study.overrides), "runs": list(study.experiments),
         "words": [
@@ -64,7 +68,7 @@ def make(journal: Journal, runs: Path, told: dict[str, Any], *, on: str = "", ar
 
     settings = tpu_vm.Settings(
         where=slice_of(told["tpu"]),
-        zones=tuple((told["zones"] or "").split(",")),
+        zones=tuple(zone for zone in (told["zones"] or "").split(",") if zone),
         provisioning=told["provisioning"],
         slices=told["slices"],
         runtime=told["runtime_version"] or "",
@@ -78,6 +82,10 @@ def make(journal: Journal, runs: Path, told: dict[str, Any], *, on: str = "", ar
     )
     run = ["run", told.get("packed", told["study"]), *overrides, *told["words"]]
     words = ["-m", "launch.cli", "--runs", str(store.absolute(runs)), *run]
+    if on == "sky":
+        from launch import skypilot
+
+        return skypilot.Sky(journal, settings, archive, words, told["patience"]["retries"])
     return tpu_vm.TpuVm(journal, Gcloud(told["project"], told["gcloud_timeout"]), settings, archive, words)
 
 

@@ -198,7 +198,7 @@ def plan(
 
 
 def here(options: argparse.Namespace) -> Path:
-    """Where study files go by default: below --runs, or, where that is a bucket, which none is loaded from, below runs."""
+    """Where study files go by default: below --runs; where that is a bucket, which none is loaded from, below runs."""
     return Path("runs") if is_remote(options.runs) else options.runs
 
 
