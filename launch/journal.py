@@ -220,7 +220,8 @@ def _state(name: str, tasks: Sequence[Task], finished: set[str], cancelled: set[
 
     if name in finished:
         return state("finished")
-    if last is not None and last.live and name not in last.outcomes:
+    if last is not None and last.live and ((end := last.outcomes.get(name)) is None or end.code is None):
+        # without an exit status it may run yet, until its executor says that nothing of the task is left
         return state("running" if last.current == name else "assigned", last.detail)
     if cancelled & {name, "*"}:
         return state("cancelled")
