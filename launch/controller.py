@@ -85,7 +85,7 @@ class Controller:
                 extra = self.executor.submit(task)
                 task = self._record(task.now("submitted", "", extra={**task.extra, **extra}))
             except Refused as error:
-                task = self._end(task, Report("failed", str(error)))
+                task = self._end(task, Report("declined", str(error)))
         cancelled = self.journal.cancelled()
         if task.state != "ending":
             if cancelled and ("*" in cancelled or cancelled >= set(task.runs)):
@@ -118,8 +118,8 @@ class Controller:
         for run in left:
             if why is not None:
                 ended = Ended(why, None, report.detail)
-            elif report.condition == "failed":
-                ended = Ended("unplaced", None, report.detail)
+            elif report.condition in ("failed", "declined"):
+                ended = Ended("unplaced" if report.condition == "failed" else "declined", None, report.detail)
             elif run != in_hand:
                 ended = Ended("untouched", None, report.detail)
             elif report.condition in ("lost", "absent"):

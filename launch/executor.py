@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from launch.journal import Task
 from research.core.errors import UserError
 
-Condition = Literal["absent", "pending", "active", "ended", "lost", "failed"]
+Condition = Literal["absent", "pending", "active", "ended", "lost", "failed", "declined"]
 
 
 class Unreachable(Exception):
@@ -32,8 +32,8 @@ class Stop(UserError):
 @dataclass(frozen=True)
 class Report:
     """How a task stands. absent: it is nowhere; pending: asked for; active: it runs; ended: it has done what it could;
-    lost: taken away (preempted); failed: it never came to run. codes: exit statuses of its runs so far. current: the
-    run in hand. details: more on a run's end, in words."""
+    lost: taken away (preempted); failed: it never came to run; declined: it was not given what it asked for. codes:
+    exit statuses of its runs so far. current: the run in hand. details: more on a run's end, in words."""
 
     condition: Condition
     detail: str = ""

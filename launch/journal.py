@@ -24,7 +24,7 @@ SWEEP, CANCEL, TASKS, TASK = "sweep.json", "cancel.json", "tasks", "task.json"
 State = Literal["intended", "submitted", "active", "ending", "ended"]
 # what became of a run within a task
 Outcome = Literal[
-    "finished", "refused", "crashed", "again", "preempted", "stalled", "unplaced", "untouched", "cancelled"
+    "finished", "refused", "crashed", "again", "preempted", "stalled", "unplaced", "declined", "untouched", "cancelled"
 ]
 # what `lab run` leaves with
 AGAIN, STALLED, REFUSED, ALONE = (130, 143), 3, 2, 4
@@ -32,6 +32,7 @@ COUNTED: dict[str, tuple[Outcome, ...]] = {
     "failures": ("crashed", "refused"),
     "preemptions": ("again", "preempted"),
     "troubles": ("stalled", "unplaced"),
+    "declined": ("declined",),
 }
 
 
@@ -102,12 +103,14 @@ class RunState:
 
 @dataclass(frozen=True)
 class Patience:
-    """When to stop trying a run: after more crashes than ``retries``, preemptions, or other troubles (hosts that do not
-    come, stalls, no capacity). backoff: seconds before the second attempt, doubled for each one after it."""
+    """When to stop trying a run: after more crashes than ``retries``, more preemptions, troubles (stalls, hosts that do
+    not come up) or requests declined (no quota, no capacity) than these. backoff: seconds before the second attempt,
+    doubled for each one after it, to ``longest``."""
 
     retries: int = 1
     preemptions: int = 100
-    troubles: int = 10
+    troubles: int = 4
+    declined: int = 100
     backoff: float = 30.0
     longest: float = 600.0
 
@@ -228,9 +231,10 @@ def _state(name: str, tasks: Sequence[Task], finished: set[str], cancelled: set[
     end = ends[-1] if ends else None
     if end is not None and (end.outcome == "refused" or counts["failures"] > patience.retries):
         return state("failed", end.detail)
-    for what in ("preemptions", "troubles"):
+    for what in ("preemptions", "troubles", "declined"):
         if counts[what] > getattr(patience, what):
-            return state("failed", f"{counts[what]} {what}, the last: {end.detail if end else ''}")
+            times = "times declined" if what == "declined" else what
+            return state("failed", f"{counts[what]} {times}, the last: {end.detail if end else ''}")
     attempts = sum(end.outcome not in ("untouched", "cancelled") for end in ends)
     until = (last.ended or last.created) + patience.wait(attempts) if last is not None and attempts else 0.0
     return state("waiting", end.detail if end else "", until)

@@ -123,7 +123,8 @@ class Sky:
         if status == "CANCELLED":
             return Report("lost", "it was cancelled in SkyPilot", current=run)
         if status in FAILED:
-            return Report("failed", f"{told}: {reason}" if reason else told)
+            condition = "declined" if status == "FAILED_NO_RESOURCE" else "failed"
+            return Report(condition, f"{told}: {reason}" if reason else told)
         # SkyPilot has tried as often as it was to: it is not tried again here
         return Report("ended", told, {run: 2}, details={run: reason or told})
 

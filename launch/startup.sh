@@ -51,6 +51,7 @@ if [ -z "$python" ]; then
     touch "$code/.installed"
   fi
 fi
-trap - ERR
 cd "$code"
+"$python" -c 'import launch.machine'
+trap - ERR
 exec "$python" -m launch.machine "$work/config.json"

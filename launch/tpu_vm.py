@@ -80,7 +80,7 @@ class TpuVm:
 
     def places(self, tasks: Sequence[Task]) -> str | None:
         """The next zone after each task that was taken away or not given."""
-        taken = ("preempted", "again", "unplaced")
+        taken = ("preempted", "again", "unplaced", "declined")
         troubles = sum(any(end.outcome in taken for end in task.outcomes.values()) for task in tasks)
         return self.settings.zones[troubles % len(self.settings.zones)]
 
@@ -149,7 +149,7 @@ class TpuVm:
             reason = (request or {}).get("state", {}).get("failedData", {}).get("error", {}).get("message", "")
             lost = f"the request is {state}" + (f": {reason}" if reason else "")
             if never and state != "SUSPENDED":
-                return Report("failed" if request else "absent", lost)
+                return Report("declined" if request else "absent", lost)
         elif state == "ACTIVE":
             lost = self._machine_gone(task)
         if not lost and (silent := hosts.silent(self.settings.silence)):

@@ -121,7 +121,7 @@ def sweep(world, folder, **more):
     journal = Mortal(folder)
     journal.world = world
     runs = [Wanted(name, 1.0, lambda name=name: name in world.done) for name in NAMES]
-    patience = Patience(retries=3, preemptions=1000, troubles=1000, backoff=0.0)
+    patience = Patience(retries=3, preemptions=1000, troubles=1000, declined=1000, backoff=0.0)
     return Controller(journal, journal.begin({"runs": NAMES}), world, runs, 2, patience, lambda text: None, **more)
 
 
@@ -174,7 +174,7 @@ def test_preemptions_and_failures_are_counted_apart_and_each_has_its_limit():
         ]
         return states(["a"], tasks, set(), set(), patience)["a"]
 
-    assert after("preempted", "again").counts == {"failures": 0, "preemptions": 2, "troubles": 0}
+    assert after("preempted", "again").counts == {"failures": 0, "preemptions": 2, "troubles": 0, "declined": 0}
     assert after("preempted", "again").state == "waiting" and after("preempted", "again").until == 120.0
     assert after("preempted", "again", "preempted").state == "failed"
     assert after("crashed").state == "waiting" and after("crashed", "preempted", "crashed").state == "failed"

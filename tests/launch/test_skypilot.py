@@ -163,7 +163,7 @@ def test_states_of_jobs_become_states_of_runs(server, tmp_path):
     known = sweep.states()
     assert known["a"].state == "finished"
     assert known["b"].state == "failed" and "the user's program" in known["b"].detail  # SkyPilot has retried it
-    assert len(server.records) == 4 and known["c"].counts["troubles"] == 1  # asked for again
+    assert len(server.records) == 4 and known["c"].counts["declined"] == 1  # asked for again
     server.move(server.records[-1].job_name, "SUCCEEDED")
     results.add("c")
     while sweep.step():
