@@ -128,6 +128,12 @@ def machine(options):
 
 
 def copy(options):
+    if "://" in options.name + options.target:
+        import fsspec
+
+        with fsspec.open(options.name, "rb") as source, fsspec.open(options.target, "wb") as target:
+            target.write(source.read())
+        return
     Path(options.target).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(options.name, options.target)
 

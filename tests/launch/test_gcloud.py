@@ -116,8 +116,8 @@ def test_a_service_account_is_given_to_gcloud_and_shown_to_nobody(tmp_path):
 def host(folder, index, *, hosts=2, done=False, codes=(), age=0.0, current="a", words=()):
     folder.mkdir(parents=True, exist_ok=True)
     said = {
-        "host": index, "hosts": hosts, "done": done, "codes": dict(codes), "time": time.time() - age, "phase": "running",
-        "current": current, "words": dict(words),
+        "host": index, "hosts": hosts, "done": done, "codes": dict(codes), "time": time.time() - age,
+        "phase": "running", "current": current, "words": dict(words),
     }  # fmt: skip
     (folder / f"host-{index}.json").write_text(json.dumps(said))
 
