@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -226,3 +227,22 @@ def test_a_study_compiled_for_a_slice(lab):
     _, again, told = lab(*words, "--fresh", "--json")
     assert json.loads(again)["compiled"] == 0 and "compiling" not in told
     assert json.loads(again)["rows"] == made["rows"]
+
+
+@needs_compiler
+@pytest.mark.verify
+def test_a_7b_model_on_a_pod(lab):
+    """Its HBM figure is the compiler's own, and the second plan is there at once."""
+    words = ("plan", "experiments/llama2_7b.py", "--tpu", "v5e-256", "--json")
+    code, printed, _ = lab(*words)
+    (row,) = json.loads(printed)["rows"]
+    figure = (
+        "from experiments import llama2_7b; from research.train import ahead;"
+        "e = llama2_7b.sweep()['llama2-7b'];"
+        "print(ahead.compile_step(e, 'v5e:16x16').memory_analysis().peak_memory_in_bytes)"
+    )
+    _, compiled, _ = lab(code=f"import os; os.environ['JAX_PLATFORMS'] = 'cpu'; {figure}")
+    assert code == 0 and row["memory"]["peak"] == int(compiled) and row["bound"] == "compute"
+    begun = time.monotonic()
+    _, again, told = lab(*words, code="main(sys.argv[1:]); print('jax' in sys.modules)")
+    assert again.splitlines()[-1] == "False" and "compiling" not in told and time.monotonic() - begun < 5

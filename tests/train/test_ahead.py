@@ -133,6 +133,49 @@ def test_an_unknown_topology_is_one_sentence():
     assert "'v5e:3x5x7' is not a topology" in in_a_process("ahead.topology_devices('v5e:3x5x7')")
 
 
+@needs_compiler
+@pytest.mark.slow
+def test_every_slice_that_can_be_asked_for_can_be_compiled_for():
+    """As many devices as it has chips (of v4 too, whose cores could be devices of their own), where they should lie."""
+    code = (
+        "from research.core.chips import CHIPS, Slice\n"
+        "import math, sys\n"
+        "for chip in CHIPS.values():\n"
+        "    for chips in chip.shapes:\n"
+        "        one = Slice('x', chip, chips)\n"
+        "        found = ahead.topology_devices(one.compiled_as)\n"
+        "        far = [max(d.coords[axis] for d in found) + 1 for axis in range(3)]\n"
+        "        assert len(found) == chips and far == [*one.sides, 1][:3], (one, len(found), far)\n"
+        "        assert found[0].device_kind in chip.kinds, found[0].device_kind\n"
+        "print('all', file=sys.stderr)"
+    )
+    assert in_a_process(code) == "all"
+
+
+@needs_compiler
+@pytest.mark.verify
+def test_loops_count_as_often_as_their_layers_written_out():
+    """The calibration of what is read off a scanned program: the same model unrolled."""
+    code = (
+        "import sys; from dataclasses import replace\n"
+        "from benchmarks.tpu_programs import ALL\n"
+        "from research.core import hlo_cost\nfrom research.core.hlo import Program\n"
+        "planned = ALL['llama2-7b-2-layers-v5e-16']\n"
+        "model = replace(planned.model, num_layers=4, d_model=1024, mlp=replace(planned.model.mlp, d_ff=2816))\n"
+        "model = replace(model, attention=replace(model.attention, num_heads=8))\n"
+        "counts = []\n"
+        "for layers in ('scanned', 'unrolled'):\n"
+        "    e = replace(planned, model=replace(model, layers=layers)).experiment('x')\n"
+        "    program = Program(ahead.compile_step(e, 'v5e:4x4').as_text())\n"
+        "    found = hlo_cost.count(program)\n"
+        "    counts.append([found.flops, sum(found.kernels.values()), found.hbm_bytes])\n"
+        "print(*[scanned / unrolled for scanned, unrolled in zip(*counts)], file=sys.stderr)"
+    )
+    products, kernels, moved = (float(ratio) for ratio in in_a_process(code).split())
+    assert products == pytest.approx(1, abs=0.02) and kernels == pytest.approx(1, abs=1e-6)
+    assert moved == pytest.approx(1, abs=0.35)  # what lies in VMEM is chosen anew
+
+
 def test_without_the_compiler_it_is_said_what_to_install():
     hidden = "import importlib.util as u; u.find_spec = lambda name: None\nahead.topology_devices('v5e:4x4')"
     assert "install libtpu" in in_a_process(hidden)
