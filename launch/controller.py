@@ -40,12 +40,15 @@ class Controller:
     budget: float | None = None
     explain: Callable[[str], str] = lambda run: ""
     _done: set[str] = field(default_factory=set)
+    _looked: bool = False
     _unreached: int = 0
     _told: str = ""
 
     def finished(self) -> set[str]:
-        """Runs whose results are there; what was seen once is not read again."""
-        self._done |= {run.name for run in self.runs if run.name not in self._done and run.finished()}
+        """Runs whose results are there: read once, and then as tasks end."""
+        if not self._looked:
+            self._done |= {run.name for run in self.runs if run.finished()}
+            self._looked = True
         return self._done
 
     def states(self) -> dict[str, RunState]:
@@ -116,7 +119,9 @@ class Controller:
         left = [run for run in task.runs if run not in outcomes]
         in_hand = report.current or task.current or (left[0] if left else "")
         for run in left:
-            if why is not None:
+            if run == in_hand and self._has_result(run):  # taken away before it could say so
+                ended = Ended("finished", None, report.detail)
+            elif why is not None:
                 ended = Ended(why, None, report.detail)
             elif report.condition in ("failed", "declined"):
                 ended = Ended("unplaced" if report.condition == "failed" else "declined", None, report.detail)
@@ -142,7 +147,9 @@ class Controller:
         return Ended(outcome, code, detail)
 
     def _has_result(self, run: str) -> bool:
-        return run in self._done or next(one for one in self.runs if one.name == run).finished()
+        if run not in self._done and next(one for one in self.runs if one.name == run).finished():
+            self._done.add(run)
+        return run in self._done
 
     def _record(self, task: Task) -> Task:
         self.journal.record(task)

@@ -81,7 +81,7 @@ class Task:
         """The record after a change."""
         moment = time.time()
         stamps = {"active": moment} if state == "active" and self.active is None else {}
-        stamps |= {"ended": moment} if state in ("ending", "ended") and self.ended is None else {}
+        stamps |= {"ended": moment} if state == "ended" and self.ended is None else {}
         history = (
             (*self.history, (moment, state, detail)) if (state, detail) != (self.state, self.detail) else self.history
         )

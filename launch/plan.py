@@ -280,6 +280,8 @@ def table(made: Plan, request: Request, price: float | None) -> Any:
     chip = request.where.chip
     many = f"{request.slices} x " if request.slices > 1 else ""
     title = f"{many}{request.where.name}: {request.chips} chips of {chip.hbm_bytes / 1e9:.3g} GB"
+    if any(row.parts and not row.compiled for row in made.rows):
+        title += "; ESTIMATES by arithmetic, nothing compiled"
     shown = Table(title=title, title_justify="left")
     shown.add_column("run", no_wrap=True)
     heads = ("params", "tokens", "FLOPs", "mesh", "arguments", "temporaries", "output", "aliased", "peak", "of HBM")
@@ -292,7 +294,8 @@ def table(made: Plan, request: Request, price: float | None) -> Any:
         full = row.memory.get("peak", 0.0) / chip.hbm_bytes
         cost = [f"{row.chip_hours * price:,.2f}"] if price is not None else []
         if not row.parts:  # nothing is known
-            shown.add_row(row.name, number(row.params), number(row.tokens), f"{row.flops:.3g}", row.mesh, "no program")
+            known = (row.name, number(row.params), number(row.tokens), f"{row.flops:.3g}", row.mesh)
+            shown.add_row(*known, *[""] * 4, "no program")
             continue
         shown.add_row(
             row.name, number(row.params), number(row.tokens), f"{row.flops:.3g}", row.mesh, *memory,

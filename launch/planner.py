@@ -46,6 +46,7 @@ class Planner:
 
     def _row(self, experiment: Experiment) -> Row:
         change, problem = self.request.mesh, ""
+        changed = override(experiment, *change)
         try:
             experiment.check()
             if self.request.search:
@@ -55,13 +56,14 @@ class Planner:
             guess = estimate(changed, self.request.where, self.request.slices)
             row = self._compiled(experiment, changed, change) if self.compiles else self._estimated(changed, guess)
         except UserError as error:
-            return self._empty(experiment, str(error))
+            return self._empty(changed, str(error))
         except Failed as failure:
-            return self._empty(override(experiment, *change), f"The compiler gives no program: {failure}.")
+            return self._empty(changed, f"The compiler gives no program: {failure}.")
         hbm = self.request.where.chip.hbm_bytes
         if not problem and row.memory["peak"] > hbm:
             problem = self._too_large(experiment, change, row.memory["peak"], hbm)
-        return replace(row, change=change if self.request.search else (), problem=problem)
+        new = tuple(one for one in change if override(experiment, one) != experiment) if self.request.search else ()
+        return replace(row, change=new, problem=problem)
 
     # --- one row ---------------------------------------------------------------------------------
 

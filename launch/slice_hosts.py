@@ -51,6 +51,11 @@ class Hosts:
             return f"{len(self.said)} of {self.count} hosts are up"
         return self.said[0]["phase"]
 
+    @property
+    def newest(self) -> float:
+        """When one of them gave its last sign of life."""
+        return max((host["time"] for host in self.said.values()), default=0.0)
+
     def silent(self, minutes: float) -> list[int]:
         """Those not through that have given no sign of life for so long."""
         limit = time.time() - 60 * minutes

@@ -9,6 +9,7 @@ print(web.urlopen(asked, timeout=10).read().decode(), end="")' "$1"; }
 again() { for wait in 2 8 32 0; do "$@" && return 0; sleep "$wait"; done; return 1; }
 
 work=${LAB_WORK:-/var/lib/lab}
+export HOME=${HOME:-/root} LAB_CACHE=${LAB_CACHE:-$work/cache}
 mkdir -p "$work"
 exec 9>"$work/lock"
 flock -n 9 || exit 0            # it runs already; the lock goes with the process

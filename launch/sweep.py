@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launch import collect, distributed, host, local
 from launch.host import OUT_OF_SPACE
+from launch.journal import Journal
 from launch.study import Study, told
 from research.core.types import UserError
 from research.data.pipeline import TextSource
@@ -23,6 +24,7 @@ from research.train.places import is_remote
 
 def sweep(study: Study, directory: Path, *, stall_minutes: float = watchdog.MINUTES) -> int:
     """Runs every unfinished experiment; one that fails does not stop the others. Returns the exit code."""
+    hosts.from_first(lambda: check_not_submitted(directory))
     names = sorted(study.experiments, key=lambda name: study.experiments[name].flops)
     for name in names:
         hosts.from_first(functools.partial(check_corpus, study.experiments[name], directory / name))
@@ -53,6 +55,15 @@ def sweep(study: Study, directory: Path, *, stall_minutes: float = watchdog.MINU
     if study.analyze is not None and writes:
         analyze(study, directory)
     return 1 if failed else 0
+
+
+def check_not_submitted(directory: Path) -> None:
+    """Raises UserError where an executor has runs of the study in hand: they would be done twice."""
+    if live := [task for task in Journal(directory).tasks() if task.live]:
+        raise UserError(
+            f"{live[0].name} has {', '.join(live[0].runs)} in hand: go on with --on {live[0].on}, or lab cancel "
+            f"{directory.name} first."
+        )
 
 
 def check_corpus(experiment: Experiment, directory: Path) -> None:

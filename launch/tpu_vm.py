@@ -32,6 +32,7 @@ RUNTIMES = {
 STARTUP = Path(__file__).with_name("startup.sh")
 PENDING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "STATE_UNSPECIFIED")
 GONE = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "DELETING")  # of a machine
+LEFT = 180.0  # seconds after which hosts that saved and left are not waited for
 REQUEST = ("compute", "tpus", "queued-resources")
 
 
@@ -152,6 +153,8 @@ class TpuVm:
                 return Report("declined" if request else "absent", lost)
         elif state == "ACTIVE":
             lost = self._machine_gone(task)
+            if not lost and hosts.done and hosts.newest < time.time() - LEFT:
+                lost = "its hosts have left to be taken away"
         if not lost and (silent := hosts.silent(self.settings.silence)):
             lost = f"host {silent[0]} has given no sign of life for {self.settings.silence:g} minutes"
         if lost:

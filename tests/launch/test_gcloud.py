@@ -171,6 +171,15 @@ def test_a_request_that_never_was_active_and_one_whose_hosts_do_not_come(tmp_pat
     assert "host 0, 1 of 2 did not come up" in made.poll(late).detail
 
 
+def test_hosts_that_left_to_be_taken_away_and_are_not_are_given_up(tmp_path):
+    made = executor(tmp_path)
+    made.gcloud.said.update({"queued-resources describe": request("ACTIVE"), "tpu-vm describe": READY})
+    for age, condition in ((0.0, "active"), (600.0, "lost")):
+        for index in range(2):
+            host(made.journal.task_folder(TASK), index, done=True, codes={"a": 143}, age=age)
+        assert made.poll(TASK).condition == condition
+
+
 def test_exit_statuses_of_a_slice_that_is_taken_away_are_not_its_runs(tmp_path):
     made = executor(tmp_path)
     folder = made.journal.task_folder(TASK)

@@ -71,6 +71,15 @@ def test_a_worker_outlives_its_submitter_and_is_found_again(tmp_path):
     assert len(Journal(tmp_path).tasks()) == 1
 
 
+def test_a_sweep_in_this_process_keeps_away_from_what_an_executor_has_in_hand(tmp_path, capsys):
+    from launch.cli import main
+
+    journal = Journal(tmp_path / "tiny_study")
+    journal.intend(journal.begin({"runs": ["tiny"]}), [], on="tpu-vm", runs=("tiny",))
+    assert main(["--runs", str(tmp_path), "sweep", "tests/launch/tiny_study.py"]) == 2
+    assert "has tiny in hand: go on with --on tpu-vm" in capsys.readouterr().err
+
+
 def test_what_is_cancelled_saves_and_leaves_and_goes_on_when_asked_for_again(tmp_path):
     journal = Journal(tmp_path)
     sweep = journal.begin({"runs": ["a"]})
