@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``lab status``, ``lab logs``, ``lab cancel``: what the journals of sweeps say, read without JAX."""
 
+import argparse
 import json
 import sys
 import time
@@ -116,6 +117,11 @@ def known(journal: Journal, directory: Path) -> dict[str, RunState]:
     finished = {name for name in about["runs"] if (directory / name / RESULT).exists()}
     patience = Patience(**about.get("patience", {}))
     return states(about["runs"], journal.tasks(), finished, journal.cancelled(), patience)
+
+
+def command(options: argparse.Namespace) -> int:
+    """``lab status``."""
+    return show(options.runs, options.study, as_json=options.json)
 
 
 def show(runs: Path, study: str | None, *, as_json: bool = False) -> int:
