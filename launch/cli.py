@@ -12,7 +12,7 @@ from importlib import import_module, metadata
 from typing import Any
 
 from launch import distributed, host, store
-from launch.journal import ALONE, REFUSED
+from launch.journal import ALONE, CRASHED, HINDERED, REFUSED
 from launch.options import parser
 
 TESTED_JAX = (0, 10)
@@ -42,13 +42,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 def guarded(options: argparse.Namespace) -> int:
     """The command's exit code, with one sentence for what the user can mend."""
-    from research.core.errors import Interrupted, UserError  # without JAX, which takes seconds to load
+    from research.core.errors import (
+        Crashed,
+        Interrupted,
+        Passing,
+        UserError,
+    )  # without JAX, which takes seconds to load
 
     try:
         options.runs = store.place(options.runs)
         return COMMANDS[options.command](options)
     except distributed.Apart as error:
         return fail(str(error), code=ALONE)
+    except (Passing, Crashed) as error:
+        return fail(str(error), code=HINDERED if isinstance(error, Passing) else CRASHED)
     except UserError as error:
         return fail(str(error))
     except OSError as error:

@@ -8,6 +8,7 @@ JAX is loaded once. ``Compiler`` is the other end: it starts the process, says w
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -62,6 +63,14 @@ class Failed(Exception):
     """The compiler's own words for a program that it could not make."""
 
 
+class TooLarge(Failed):
+    """The compiler says how much the program would take: ``peak`` bytes a chip."""
+
+    def __init__(self, peak: float) -> None:
+        super().__init__(f"it would take {peak / 1e9:.2f} GB of HBM")
+        self.peak = peak
+
+
 class Compiler:
     """The other end of the process. say: takes lines for whoever waits."""
 
@@ -87,7 +96,7 @@ class Compiler:
         if "user_error" in said:
             raise UserError(said["user_error"])
         if "error" in said:
-            raise Failed(said["error"])
+            raise failure(said["error"])
         return Compiled(**{**said, "unknown": tuple(said["unknown"])})
 
     def _started(self) -> subprocess.Popen[str]:
@@ -139,6 +148,15 @@ class Compiler:
             self._process = None
         if self._errors is not None:
             self._errors.close()
+
+
+def failure(text: str) -> Failed:
+    """What the compiler says, with the size where it says that there is no room for it."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm|\(([\d.]+)([KMGT]?)\) exceeds", text)
+    if "memory" not in text or found is None:
+        return Failed(text)
+    number, unit = found[1] or found[3], found[2] or found[4] or ""
+    return TooLarge(float(number) * 1024 ** " KMGT".index(unit or " "))
 
 
 def serve() -> None:

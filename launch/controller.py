@@ -69,7 +69,7 @@ class Controller:
             self._tell(f"{self.executor.name} could not be reached ({unreached}); trying again")
             if unreached.mend and self._unreached >= UNREACHED:
                 raise Stop(f"{unreached}: {unreached.mend}, then repeat the command; what runs goes on meanwhile.")
-        else:
+        if unreached is None or not unreached.mend:  # one task's trouble keeps no other from beginning
             self._begin()
         left = self.states().values()
         return any(task.live for task in self.journal.tasks()) or (
@@ -83,23 +83,25 @@ class Controller:
             raise Stop(
                 f"{task.name} was begun with --on {task.on} and is not over: go on with that, or lab cancel it first."
             )
+        cancelled = self.journal.cancelled()
+        left = {run for run in task.runs if run not in task.outcomes}
+        if task.state != "ending" and cancelled and ("*" in cancelled or cancelled >= left):
+            task = self._end(task, Report("ended", "cancelled"), "cancelled")
         if task.state == "intended":
             try:
                 extra = self.executor.submit(task)
                 task = self._record(task.now("submitted", "", extra={**task.extra, **extra}))
             except Refused as error:
                 task = self._end(task, Report("declined", str(error)))
-        cancelled = self.journal.cancelled()
         if task.state != "ending":
-            if cancelled and ("*" in cancelled or cancelled >= set(task.runs)):
-                task = self._end(task, Report("ended", "cancelled"), "cancelled")
-            else:
-                task = self._poll(task)
+            task = self._poll(task)
         if task.state == "ending" and self.executor.cancel(task):
-            self._record(task.now("ended", task.detail))
+            self._record(task.now("ended", task.detail, ended=task.until or time.time()))
 
     def _poll(self, task: Task) -> Task:
         report = self.executor.poll(task)
+        if report.began is not None and (task.active is None or report.began < task.active):
+            task = replace(task, active=report.began)  # nobody may have looked when it began
         if report.condition in ("pending", "active"):
             state = "submitted" if report.condition == "pending" else "active"
             known = {run: self._ended(task, run, report, "crashed") for run in report.codes}
@@ -132,7 +134,7 @@ class Controller:
             else:
                 ended = Ended("crashed", None, report.details.get(run) or report.detail or "it left no exit status")
             outcomes[run] = ended
-        after = task.now("ending", report.detail, current="", outcomes=outcomes)
+        after = task.now("ending", report.detail, current="", outcomes=outcomes, until=report.until)
         self._say_ends(task, after)
         return self._record(after)
 
@@ -140,14 +142,15 @@ class Controller:
         code = report.codes[run]
         outcome = outcome_of(code) if code is not None else unknown
         detail = report.details.get(run, "")
-        if outcome == "finished" and not self._has_result(run):
+        if outcome == "finished" and not self._has_result(run) and any(one.name == run for one in self.runs):
             outcome, detail = "crashed", "it left no result"
         if outcome in ("crashed", "refused", "stalled", "unplaced") and not detail:
             detail = self.explain(run) or f"exit status {code}"
         return Ended(outcome, code, detail)
 
     def _has_result(self, run: str) -> bool:
-        if run not in self._done and next(one for one in self.runs if one.name == run).finished():
+        here = next((one for one in self.runs if one.name == run), None)  # None: no longer in the study
+        if run not in self._done and here is not None and here.finished():
             self._done.add(run)
         return run in self._done
 
@@ -178,13 +181,15 @@ class Controller:
         names = [run.name for run in self.runs]
         known = states(names, tasks, self.finished(), self.journal.cancelled(), self.patience)
         ready = [run for run in self.runs if known[run.name].state == "waiting" and known[run.name].until <= now]
-        if not ready or live >= self.parallel or (place := self.executor.places(tasks)) is None:
+        if not ready or live >= self.parallel:
             return None
         chosen = ready[:1]
         if self.executor.packs:
-            again = {name for name, run in known.items() if run.task is not None}
-            chosen = share(ready, again, self.parallel - live)
+            suspect = {name for name, run in known.items() if run.counts["failures"] + run.counts["troubles"]}
+            chosen = share(ready, suspect, self.parallel - live)
         runs = tuple(run.name for run in chosen)
+        if (place := self.executor.places(tasks, known[runs[0]].task)) is None:
+            return None
         return {"on": self.executor.name, "runs": runs, "place": place, "chips": self.executor.chips}
 
     def preview(self) -> list[Task]:
@@ -218,12 +223,12 @@ class Controller:
             self.say(text)
 
 
-def share(ready: Sequence[Wanted], again: set[str], rooms: int) -> list[Wanted]:
-    """The next task's part of what is ready, about equal in FLOPs, so that each room gets one; what was begun before
-    goes alone."""
-    if ready[0].name in again:
+def share(ready: Sequence[Wanted], suspect: set[str], rooms: int) -> list[Wanted]:
+    """The next task's part of what is ready, about equal in FLOPs, so that each room gets one; what has crashed or
+    stalled goes alone."""
+    if ready[0].name in suspect:
         return [ready[0]]
-    fresh = [run for run in ready if run.name not in again]
+    fresh = [run for run in ready if run.name not in suspect]
     part, chosen = sum(run.flops for run in fresh) / rooms, list[Wanted]()
     for position, run in enumerate(fresh):
         others = len(fresh) - position

@@ -33,13 +33,16 @@ class Stop(UserError):
 class Report:
     """How a task stands. absent: it is nowhere; pending: asked for; active: it runs; ended: it has done what it could;
     lost: taken away (preempted); failed: it never came to run; declined: it was not given what it asked for. codes:
-    exit statuses of its runs so far. current: the run in hand. details: more on a run's end, in words."""
+    exit statuses of its runs so far. current: the run in hand. details: more on a run's end, in words. began,
+    until: since when, and until when, it held its machines, where that is known."""
 
     condition: Condition
     detail: str = ""
     codes: Mapping[str, int | None] = field(default_factory=dict)
     current: str = ""
     details: Mapping[str, str] = field(default_factory=dict)
+    began: float | None = None
+    until: float | None = None
 
 
 class Executor(Protocol):
@@ -51,8 +54,9 @@ class Executor(Protocol):
     @property
     def chips(self) -> int: ...
 
-    def places(self, tasks: Sequence[Task]) -> str | None:
-        """Where the next task is to go; None where there is no room besides the live ones of ``tasks``."""
+    def places(self, tasks: Sequence[Task], last: Task | None) -> str | None:
+        """Where the next task is to go; None where there is no room besides the live ones of ``tasks``. last: the task
+        that its first run was in before."""
         ...
 
     def submit(self, task: Task) -> dict:

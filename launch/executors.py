@@ -12,8 +12,8 @@ from typing import Any
 
 from launch import status, store
 from launch.controller import Controller, Wanted
-from launch.executor import Executor
-from launch.gcloud import Gcloud
+from launch.executor import Executor, Refused, Unreachable
+from launch.gcloud import Gcloud, NotFound
 from launch.journal import Journal, Patience, Task
 from launch.workers import Workers, lab
 from research.core.chips import slice_of
@@ -23,6 +23,9 @@ BACKOFF = {"local": 5.0, "tpu-vm": 30.0, "sky": 30.0}  # seconds
 POLL = {"local": 0.5, "tpu-vm": 15.0, "sky": 15.0}
 TPU = ("tpu", "slices", "zones", "provisioning", "project", "runtime_version", "valid_for", "network", "subnetwork",
        "internal_ips", "python", "start_minutes", "gcloud_timeout")  # fmt: skip
+
+
+NOT_OF_SKY = ("service_account", "network", "subnetwork", "internal_ips", "valid_for", "python")
 
 
 def about(study: Any, options: argparse.Namespace) -> dict[str, Any]:
@@ -35,18 +38,29 @@ def about(study: Any, options: argparse.Namespace) -> dict[str, Any]:
     ):  # fmt: skip
         if value < least:
             raise UserError(f"--{name} {value:g} must be at least {least}.")
-    if options.budget is not None and not options.budget > 0:
-        raise UserError(f"--budget {options.budget:g}: give chip-hours above 0.")
+    if options.budget is not None and (not options.budget > 0 or options.on == "local"):
+        raise UserError(f"--budget {options.budget:g}: give chip-hours above 0, of TPUs; workers here have none.")
     if options.on != "local":
         if options.tpu is None:
             raise UserError(f"--on {options.on} needs --tpu SLICE, such as v5e-16.")
         slice_of(options.tpu)
     if options.on == "tpu-vm" and not options.zones:
         raise UserError("--on tpu-vm needs --zones ZONE[,ZONE...], in the order to try them, such as us-west4-a.")
+    if options.on == "tpu-vm" and not (store.is_remote(options.runs) or options.shared_runs):
+        raise UserError(
+            f"--on tpu-vm needs --runs gs://BUCKET/FOLDER, for the machines do not see {options.runs}: or give "
+            "--shared-runs where it is a file system that they all mount at the same path."
+        )
     if options.on == "sky" and not store.is_remote(options.runs):
         raise UserError("--on sky needs --runs gs://BUCKET/FOLDER: its machines share no other folder.")
-    if options.on == "sky" and options.slices > 1:
-        raise UserError(f"--on sky gives each run one slice, not {options.slices}: --on tpu-vm joins several.")
+    if options.on == "sky":
+        if options.slices > 1:
+            raise UserError(f"--on sky gives each run one slice, not {options.slices}: --on tpu-vm joins several.")
+        if options.provisioning == "reserved":
+            raise UserError("--on sky has no reserved slices: choose --provisioning spot or on-demand, or --on tpu-vm.")
+        for name in NOT_OF_SKY:
+            if getattr(options, name):
+                raise UserError(f"--{name.replace('_', '-')} is for --on tpu-vm: in SkyPilot's own settings it goes.")
     return {
         "on": options.on, "study": study.reference, "overrides": list(study.overrides), "runs": list(study.experiments),
         "words": [
@@ -68,7 +82,7 @@ def make(journal: Journal, runs: Path, told: dict[str, Any], *, on: str = "", ar
 
     settings = tpu_vm.Settings(
         where=slice_of(told["tpu"]),
-        zones=tuple(zone for zone in (told["zones"] or "").split(",") if zone),
+        zones=tuple(zone.strip() for zone in (told["zones"] or "").split(",") if zone.strip()),
         provisioning=told["provisioning"],
         slices=told["slices"],
         runtime=told["runtime_version"] or "",
@@ -86,7 +100,9 @@ def make(journal: Journal, runs: Path, told: dict[str, Any], *, on: str = "", ar
         from launch import skypilot
 
         return skypilot.Sky(journal, settings, archive, words, told["patience"]["retries"])
-    return tpu_vm.TpuVm(journal, Gcloud(told["project"], told["gcloud_timeout"]), settings, archive, words)
+    secrets = (settings.service_account,) if settings.service_account else ()
+    gcloud = Gcloud(told["project"], told["gcloud_timeout"], secrets)
+    return tpu_vm.TpuVm(journal, gcloud, settings, archive, words)
 
 
 def sweep(study: Any, options: argparse.Namespace) -> int:
@@ -146,7 +162,8 @@ def cancel(options: argparse.Namespace) -> int:
     wanted = set(options.run) or set(told["runs"])
 
     def left() -> list[Task]:
-        return [task for task in journal.tasks() if task.live and set(task.runs) <= wanted]
+        """Live tasks of which nothing else is wanted; what shares a slice with others is ended by the slice itself."""
+        return [t for t in journal.tasks() if t.live and {run for run in t.runs if run not in t.outcomes} <= wanted]
 
     count, deadline = len(left()), time.monotonic() + 180
     while left() and time.monotonic() < deadline:
@@ -167,26 +184,34 @@ def collect_garbage(options: argparse.Namespace) -> int:
     from launch import tpu_vm
 
     tasks: dict[str, Task] = {}
-    known: set[str] = set()
+    known: dict[str, Journal] = {}
     zones: dict[str, None] = dict.fromkeys(options.zones.split(",") if options.zones else [])
     for directory in status.sweeps(options.runs, None):
         journal = Journal(directory)
-        known.add(journal.about()["id"])
+        known[journal.about()["id"]] = journal
         for task in journal.tasks():
             if task.on == "tpu-vm":
                 tasks[task.name] = task
                 zones[task.place] = None
-    gcloud, kept = Gcloud(options.project), 0
-    for zone, name, state in tpu_vm.requests(gcloud, list(zones)):
+    gcloud = Gcloud(options.project)
+    try:
+        requests = tpu_vm.requests(gcloud, list(zones))
+    except (Unreachable, Refused, NotFound) as error:
+        raise UserError(f"The requests could not be listed ({error}): mend that and repeat the command.") from error
+    for zone, name, state in requests:
         task, sweep_id = tasks.get(name), name.split("-")[1]
+        if task is None and sweep_id in known:  # it may have been begun since
+            task = known[sweep_id].task(name)
         if task is not None and task.live:
             print(f"{zone}  {name}  {state}  in use: {', '.join(task.runs)}")
-            kept += 1
         elif sweep_id not in known and not options.unknown:
             print(f"{zone}  {name}  {state}  of a journal that is not below {options.runs}: --unknown takes it too")
         elif options.delete:
-            gcloud.run(*tpu_vm.deletion(name, zone))
-            print(f"{zone}  {name}  {state}  deleted")
+            try:
+                gcloud.run(*tpu_vm.deletion(name, zone))
+                print(f"{zone}  {name}  {state}  deleted")
+            except (Unreachable, Refused, NotFound) as error:
+                print(f"{zone}  {name}  {state}  could not be deleted ({error})")
         else:
             print(f"{zone}  {name}  {state}  owned by no live run: --delete deletes it")
     return 0

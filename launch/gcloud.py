@@ -17,9 +17,15 @@ from typing import Any
 
 from launch.executor import Refused, Stop, Unreachable
 
+QUIET = {"CLOUDSDK_CORE_DISABLE_PROMPTS": "1", "CLOUDSDK_CORE_DISABLE_FILE_LOGGING": "1"}  # its log has all words
 LOGIN = re.compile(
     r"problem (refreshing|reauthenticating)|Reauthentication|active account selected|gcloud auth login|UNAUTHENTICATED|"
     r"invalid_grant|rapt_required"
+)
+NETWORK = re.compile(
+    r"Unable to find the server|Failed to resolve|Max retries exceeded|Connection (aborted|refused|reset)|"
+    r"Name or service not known|network is unreachable|timed out",
+    re.IGNORECASE,
 )
 DENIED = re.compile(r"PERMISSION_DENIED|SERVICE_DISABLED|Permission .* denied")
 NO_ROOM = re.compile(r"RESOURCE_EXHAUSTED|Quota (limit )?'|no more capacity|Insufficient .*capacity", re.IGNORECASE)
@@ -35,10 +41,12 @@ class Exists(Exception):
 
 @dataclass(frozen=True)
 class Gcloud:
-    """timeout: seconds that one command may take. project: None is gcloud's own setting."""
+    """timeout: seconds that one command may take. project: None is gcloud's own setting. secrets: words that go into
+    no message."""
 
     project: str | None = None
     timeout: float = 120.0
+    secrets: tuple[str, ...] = ()
 
     def words(self, *words: str) -> list[str]:
         """The command's words, ready to be run or shown."""
@@ -52,12 +60,15 @@ class Gcloud:
         try:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=self.timeout,
-                env=os.environ | {"CLOUDSDK_CORE_DISABLE_PROMPTS": "1"},
+                env=os.environ | QUIET,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise Unreachable(f"gcloud did not answer within {self.timeout:g} s") from None
         if done.returncode:
-            raise failure(done.returncode, done.stderr)
+            told = done.stderr
+            for secret in self.secrets:
+                told = told.replace(secret, "ACCOUNT")
+            raise failure(done.returncode, told)
         return done.stdout
 
     def json(self, *words: str) -> Any:
@@ -72,6 +83,8 @@ class Gcloud:
 def failure(code: int, said: str) -> Exception:
     """The kind of failure behind an exit status and what was said on standard error."""
     told = brief(said)
+    if NETWORK.search(said):  # a token cannot be refreshed without it either
+        return Unreachable(told)
     if LOGIN.search(said):
         return Unreachable(told, mend="log in again with `gcloud auth login`")
     if re.search(r"\bNOT_FOUND\b", said):

@@ -24,14 +24,24 @@ SWEEP, CANCEL, TASKS, TASK = "sweep.json", "cancel.json", "tasks", "task.json"
 State = Literal["intended", "submitted", "active", "ending", "ended"]
 # what became of a run within a task
 Outcome = Literal[
-    "finished", "refused", "crashed", "again", "preempted", "stalled", "unplaced", "declined", "untouched", "cancelled"
+    "finished",
+    "refused",
+    "crashed",
+    "again",
+    "preempted",
+    "stalled",
+    "hindered",
+    "unplaced",
+    "declined",
+    "untouched",
+    "cancelled",
 ]
 # what `lab run` leaves with
-AGAIN, STALLED, REFUSED, ALONE = (130, 143), 3, 2, 4
+AGAIN, CRASHED, REFUSED, STALLED, ALONE, HINDERED = (130, 143), 1, 2, 3, 4, 5
 COUNTED: dict[str, tuple[Outcome, ...]] = {
     "failures": ("crashed", "refused"),
     "preemptions": ("again", "preempted"),
-    "troubles": ("stalled", "unplaced"),
+    "troubles": ("stalled", "hindered", "unplaced"),
     "declined": ("declined",),
 }
 
@@ -48,7 +58,8 @@ class Ended:
 @dataclass(frozen=True)
 class Task:
     """A task's record. on: its executor. place: where it is put, as its executor says it (a zone, a worker). chips: it
-    holds while active. created, active, ended: seconds since 1970. history: (time, state, detail) of each change."""
+    holds while active. created, active, ended: seconds since 1970; until: when its machines gave their last sign, where
+    that is known. history: (time, state, detail) of each change."""
 
     name: str
     number: int
@@ -61,6 +72,7 @@ class Task:
     created: float = 0.0
     active: float | None = None
     ended: float | None = None
+    until: float | None = None
     current: str = ""
     outcomes: dict[str, Ended] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
@@ -85,7 +97,7 @@ class Task:
         history = (
             (*self.history, (moment, state, detail)) if (state, detail) != (self.state, self.detail) else self.history
         )
-        return replace(self, state=state, detail=detail, history=history, **stamps, **changes)
+        return replace(self, state=state, detail=detail, history=history, **{**stamps, **changes})
 
 
 @dataclass(frozen=True)
@@ -104,8 +116,8 @@ class RunState:
 @dataclass(frozen=True)
 class Patience:
     """When to stop trying a run: after more crashes than ``retries``, more preemptions, troubles (stalls, hosts that do
-    not come up) or requests declined (no quota, no capacity) than these. backoff: seconds before the second attempt,
-    doubled for each one after it, to ``longest``."""
+    not come up, a bucket that does not answer) or requests declined (no quota, no capacity) than these. backoff:
+    seconds before the second attempt, doubled for each one after it, to ``longest``."""
 
     retries: int = 1
     preemptions: int = 100
@@ -198,11 +210,8 @@ def outcome_of(code: int) -> Outcome:
         return "finished"
     if code in AGAIN:
         return "again"
-    if code == STALLED:
-        return "stalled"
-    if code == ALONE:
-        return "unplaced"
-    return "refused" if code == REFUSED else "crashed"
+    known: dict[int, Outcome] = {STALLED: "stalled", ALONE: "unplaced", HINDERED: "hindered", REFUSED: "refused"}
+    return known.get(code, "crashed")
 
 
 def states(
@@ -223,9 +232,11 @@ def _state(name: str, tasks: Sequence[Task], finished: set[str], cancelled: set[
 
     if name in finished:
         return state("finished")
-    if last is not None and last.live and ((end := last.outcomes.get(name)) is None or end.code is None):
-        # without an exit status it may run yet, until its executor says that nothing of the task is left
-        return state("running" if last.current == name else "assigned", last.detail)
+    if last is not None and last.live:
+        # even one that has left may be begun again by a machine that boots, until nothing of the task is left
+        left = last.outcomes.get(name)
+        detail = last.detail if left is None else f"{left.outcome}; the others of {last.name} go on"
+        return state("running" if last.current == name else "assigned", detail)
     if cancelled & {name, "*"}:
         return state("cancelled")
     end = ends[-1] if ends else None

@@ -24,10 +24,11 @@ from typing import Any
 
 from launch import store
 from launch.gcloud import Gcloud
-from launch.journal import AGAIN, ALONE
+from launch.journal import AGAIN, ALONE, CANCEL
 from launch.workers import last_words
 
 BEAT, UPLOAD, LOOK = 30.0, 10.0, 5.0  # seconds between signs of life, uploads of output, looks at the metadata
+LEFT = "left"  # the phase of a host that saved and left, for its machine is to be taken away
 KEPT = 8 * 2**20  # bytes of a run's output that are kept, from its end
 OTHERS = 120.0  # seconds that the first host waits for the others before it gives the slice back
 
@@ -61,12 +62,18 @@ class Machine:
             self.status["codes"][name] = code
             self.status["words"][name] = last_words(self.work / f"{name}.log")
             self._tell("between runs", current="")
-            if code in (*AGAIN, ALONE):  # on its way out, or without the other hosts
+            # on its way out, or without the other hosts; one that was cancelled makes room for the next
+            if code == ALONE or (code in AGAIN and (self._leaving.is_set() or not self._cancelled(name))):
                 break
-        self._tell("preempted" if self._leaving.is_set() else "done", done=True)
+        self._tell(self._end_phase(), done=True)
         if self.index == 0 and not self._leaving.is_set():
             self._wait_for_others()
             self.give_back()
+
+    def _end_phase(self) -> str:
+        """Whether its runs are done, or it left among them."""
+        left = any(code in AGAIN and not self._cancelled(name) for name, code in self.status["codes"].items())
+        return LEFT if left or self._leaving.is_set() else "done"
 
     def _one(self, name: str) -> int:
         """One run's exit status."""
@@ -79,6 +86,9 @@ class Machine:
                 stderr=output,
             )
         self._child = child
+        if self._leaving.is_set():  # it was said while the process was made
+            self._stop()
+        stopped = False
         self._tell("running", current=name)
         looked = uploaded = time.monotonic()
         while True:
@@ -92,15 +102,29 @@ class Machine:
                 looked = now
                 if not self._leaving.is_set() and preempted():
                     self._asked(signal.SIGTERM, None)
+                if not stopped and not self._leaving.is_set() and self._cancelled(name):
+                    stopped = True
+                    self._stop()
             if now - uploaded > UPLOAD / self.speed:
                 uploaded = now
                 self._upload(log)
             if now - self._beaten > BEAT / self.speed:
                 self._tell(self.status["phase"])
 
+    def _cancelled(self, name: str) -> bool:
+        """Whether somebody has asked for the end of this run (``launch.journal``)."""
+        with contextlib.suppress(Exception):  # a bucket that does not answer now: the next time
+            found = store.read_json(self.folder.parent.parent / CANCEL)
+            return bool({name, "*"} & set((found or {}).get("runs", ())))
+        return False
+
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        """This machine is to be taken away: the run saves and leaves."""
-        self._leaving.set()
+        """This machine is to be taken away: the run saves and leaves. Asked once, however often it is said."""
+        if not self._leaving.is_set():
+            self._leaving.set()
+            self._stop()
+
+    def _stop(self) -> None:
         if self._child is not None:
             self._child.send_signal(signal.SIGTERM)
 

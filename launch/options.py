@@ -141,6 +141,7 @@ def add_tpus(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--tpu", metavar="SLICE", help="for each run: v5e-16, v6e-64, v5p-128, v4-32")
     group.add_argument("--slices", type=int, default=1, metavar="N", help="how many such slices for each run")
     group.add_argument("--zones", metavar="ZONE,...", help="in the order to try them")
+    group.add_argument("--shared-runs", action="store_true", help="--runs is a file system that the machines mount too")
     group.add_argument(
         "--provisioning", choices=("spot", "on-demand", "reserved"), default="spot", help="default: %(default)s"
     )

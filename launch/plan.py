@@ -10,6 +10,7 @@ asking again needs neither JAX nor a compiler.
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 import sysconfig
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import host
-from launch.compiler import Compiled, Compiler, Failed, Job
+from launch.compiler import Compiled, Compiler, Failed, Job, TooLarge
 from research.core.chips import Slice, slice_of
 from research.core.errors import UserError
 from research.core.files import write_atomically
@@ -112,7 +113,8 @@ def plan(request: Request, *, fresh: bool = False, say: Callable[[str], None] = 
         planner = Planner(request, study, Programs(request, study, compiler, say), say)
         rows = planner.rows()
     made = Plan(rows, planner.notes, planner.programs.distinct, planner.programs.compiled, time.monotonic() - begun)
-    remember(request, made)
+    if not planner.programs.failed:  # a compiler that died may live another time
+        remember(request, made)
     return made
 
 
@@ -127,6 +129,10 @@ class Programs:
         self._found: dict[str, Compiled | Failed] = {}
 
     @property
+    def failed(self) -> bool:
+        return any(isinstance(found, Failed) and not isinstance(found, TooLarge) for found in self._found.values())
+
+    @property
     def distinct(self) -> int:
         return len(self._found)
 
@@ -138,7 +144,7 @@ class Programs:
 
         changed = override(experiment, *change)
         record = ahead.program_record(changed, None if evaluation is None else changed.evals[evaluation])
-        content = [record, self.request.where.name, self.request.slices, self.source, versions()]
+        content = [record, own_classes(record), self.request.where.name, self.request.slices, self.source, versions()]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         if key not in self._found:
             what = "training step" if evaluation is None else changed.evals[evaluation].name
@@ -171,9 +177,22 @@ class Programs:
         return found
 
 
+def own_classes(record: Any) -> dict[str, str]:
+    """Hashes of the files of classes in an experiment's record that are not of this checkout's rooms: a study's own."""
+    found: dict[str, str] = {}
+    for value in record.values() if isinstance(record, dict) else record if isinstance(record, list) else ():
+        found |= own_classes(value)
+    name = record.get("type") if isinstance(record, dict) else None
+    if isinstance(name, str) and not name.startswith("research."):
+        file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+        found[name] = hash_of([Path(file)]) if file else ""
+    return found
+
+
 def versions() -> dict[str, str | None]:
     """Of what compiles; None for what is not installed."""
-    found: dict[str, str | None] = {"python": sys.version.split()[0]}
+    flags = os.environ.get("LIBTPU_INIT_ARGS")
+    found: dict[str, str | None] = {"python": sys.version.split()[0], "LIBTPU_INIT_ARGS": flags}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from launch.compiler import Compiled, Failed
+from launch.compiler import Compiled, Failed, TooLarge
 from launch.plan import NO_COMPILER, Programs, Request, Row, has_compiler, size
 from launch.search import Choice, Search
 from launch.study import Study
@@ -54,7 +54,9 @@ class Planner:
                 change, problem = choice.change, choice.problem
             changed = override(experiment, *change)
             guess = estimate(changed, self.request.where, self.request.slices)
-            row = self._compiled(experiment, changed, change) if self.compiles else self._estimated(changed, guess)
+            row = self._estimated(changed, guess)
+            if self.compiles:
+                row = self._compiled(experiment, changed, change, row)
         except UserError as error:
             return self._empty(changed, str(error))
         except Failed as failure:
@@ -67,8 +69,11 @@ class Planner:
 
     # --- one row ---------------------------------------------------------------------------------
 
-    def _compiled(self, experiment: Experiment, changed: Experiment, change: Sequence[str]) -> Row:
-        program = self.programs.get(experiment, change)
+    def _compiled(self, experiment: Experiment, changed: Experiment, change: Sequence[str], guess: Row) -> Row:
+        try:
+            program = self.programs.get(experiment, change)
+        except TooLarge as large:  # there is no program: the rest of the row is by arithmetic
+            return replace(guess, memory={"peak": large.peak})
         peak, seconds = float(program.peak), 0.0
         for index, evaluation in enumerate(changed.evals):
             times, source = evaluations(changed, evaluation), getattr(evaluation, "source", None)

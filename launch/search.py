@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from launch.compiler import Compiled, Failed
+from launch.compiler import Compiled, Failed, TooLarge
 from research.core.chips import Slice
 from research.core.config import override
 from research.core.roofline import Roofline
@@ -67,6 +67,7 @@ class Search:
     limit: int = LIMIT
     _compiled: dict[Candidate, Compiled] = field(default_factory=dict)
     _failed: set[Candidate] = field(default_factory=set)
+    _large: dict[Candidate, float] = field(default_factory=dict)
 
     def fastest(self) -> Choice:
         """Over all meshes."""
@@ -129,7 +130,8 @@ class Search:
                 return min((c for c in promising if c in self._compiled), key=self._seconds, default=None)
             self._compile(first)
             smaller = [c for c in candidates if (c.mesh, c.remat) == (first.mesh, first.remat) and c.rows < first.rows]
-            if self._peak(first) > self._hbm and smaller and self._line(first) is None:
+            large = first in self._large or (first not in self._failed and self._peak(first) > self._hbm)
+            if large and smaller and self._line(first) is None:
                 self._compile(max(smaller, key=lambda c: c.rows))
         return None
 
@@ -138,6 +140,9 @@ class Search:
         if candidate not in self._compiled and candidate not in self._failed:
             try:
                 self._compiled[candidate] = self.measure(candidate.change)
+            except TooLarge as large:  # it tells of memory, if not of time
+                self._large[candidate] = large.peak
+                self._failed.add(candidate)
             except Failed:
                 self._failed.add(candidate)
 
@@ -148,16 +153,22 @@ class Search:
     def _peak(self, candidate: Candidate) -> float:
         """As compiled; else on the line through what was compiled with its mesh and recomputation; else the estimate,
         scaled as those of what was compiled turned out."""
-        if (found := self._compiled.get(candidate)) is not None:
-            return found.peak
+        if candidate in self._peaks:
+            return self._peaks[candidate]
         if (line := self._line(candidate)) is not None:
             return line[0] + line[1] * candidate.rows
-        return candidate.guess.peak * self._scale(lambda c: c.peak, lambda g: g.peak)
+        ratios = sorted(peak / c.guess.peak for c, peak in self._peaks.items())
+        return candidate.guess.peak * (ratios[len(ratios) // 2] if ratios else 1.0)
+
+    @property
+    def _peaks(self) -> dict[Candidate, float]:
+        """Of all whose memory the compiler has told."""
+        return {**self._large, **{candidate: found.peak for candidate, found in self._compiled.items()}}
 
     def _line(self, like: Candidate) -> tuple[float, float] | None:
         """a and b of peak = a + b rows, through those compiled of a mesh and recomputation whose rows differ most."""
         shape = like.mesh, like.remat
-        points = sorted((c.rows, found.peak) for c, found in self._compiled.items() if (c.mesh, c.remat) == shape)
+        points = sorted((c.rows, peak) for c, peak in self._peaks.items() if (c.mesh, c.remat) == shape)
         if not points or points[0][0] == points[-1][0]:
             return None
         slope = (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0])
@@ -167,12 +178,11 @@ class Search:
         """Of a step: compiled, or the estimate scaled."""
         if (found := self._compiled.get(candidate)) is not None:
             return _seconds(Roofline(*found.roofline.values()))
-        scale = self._scale(lambda c: _seconds(Roofline(*c.roofline.values())), lambda g: _seconds(g.roofline))
-        return _seconds(candidate.guess.roofline) * scale
-
-    def _scale(self, measured: Callable[[Compiled], float], guessed: Callable[[Estimate], float]) -> float:
-        ratios = sorted(measured(found) / guessed(c.guess) for c, found in self._compiled.items())
-        return ratios[len(ratios) // 2] if ratios else 1.0
+        ratios = sorted(
+            _seconds(Roofline(*done.roofline.values())) / _seconds(c.guess.roofline)
+            for c, done in self._compiled.items()
+        )
+        return _seconds(candidate.guess.roofline) * (ratios[len(ratios) // 2] if ratios else 1.0)
 
     # --- words -----------------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ class Sky:
     def chips(self) -> int:
         return self.settings.where.chips * self.settings.slices
 
-    def places(self, tasks: Sequence[Task]) -> str | None:
+    def places(self, tasks: Sequence[Task], last: Task | None) -> str | None:
         return "sky"
 
     # --- the translation ---------------------------------------------------------------------------
@@ -99,9 +99,13 @@ class Sky:
         store.write(self.journal.task_folder(task) / "task.yaml", self.preview(task))
         if self._found(task, fresh=True) is not None:  # by a process that died before it could write it down
             return {}
-        sky = library()
-        made = sky.Task.from_yaml_config(self.job(task))
-        _answered(sky, lambda: sky.jobs.launch(made, name=task.name))
+        sky, asked = library(), self.journal.task_folder(task) / "request.json"
+        # SkyPilot takes minutes to bring up its controller, in which no queue knows of the job: its request does
+        if (known := store.read_json(asked)) is None:
+            made = sky.Task.from_yaml_config(self.job(task))
+            known = {"request": str(_reached(lambda: sky.jobs.launch(made, name=task.name)))}
+            store.write(asked, store.text(known))
+        _reached(lambda: sky.get(known["request"]))
         self._queue = (0.0, {})
         return {}
 
@@ -154,7 +158,7 @@ class Sky:
         if fresh or time.monotonic() - asked > ASKED_EVERY:
             sky, name = library(), f"lab-{task.name.split('-')[1]}-"
             records, *_ = _answered(
-                sky, lambda: sky.jobs.queue_v2(refresh=False, name_match=name, fields=None, all_users=False)
+                sky, lambda: sky.jobs.queue_v2(refresh=False, name_match=name, fields=None, all_users=True)
             )
             jobs = {}
             for record in sorted(records, key=lambda record: record.job_id or 0):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from launch import store
-from launch.journal import AGAIN, ALONE, STALLED
+from launch.journal import AGAIN, ALONE, HINDERED, STALLED
+from launch.machine import LEFT
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,19 @@ class Hosts:
         return self.said[0]["phase"]
 
     @property
-    def newest(self) -> float:
+    def left(self) -> bool:
+        """Whether some saved and left, for their machines are to be taken away."""
+        return any(host["phase"] == LEFT for host in self.said.values())
+
+    @property
+    def began(self) -> float | None:
+        """When the first of them came up."""
+        return min((host["began"] for host in self.said.values()), default=None)
+
+    @property
+    def newest(self) -> float | None:
         """When one of them gave its last sign of life."""
-        return max((host["time"] for host in self.said.values()), default=0.0)
+        return max((host["time"] for host in self.said.values()), default=None)
 
     def silent(self, minutes: float) -> list[int]:
         """Those not through that have given no sign of life for so long."""
@@ -87,7 +98,7 @@ class Hosts:
 def together(codes: Sequence[int]) -> int:
     """One exit status for all hosts. A host that was asked to save and leave takes the others with it; a crash of one
     makes the others leave otherwise, and is what counts."""
-    for kind in (AGAIN, (ALONE,), (STALLED,)):
+    for kind in (AGAIN, (ALONE,), (STALLED,), (HINDERED,)):
         if found := [code for code in codes if code in kind]:
             return found[0]
     crashes = [code for code in codes if code not in (0, 2)]

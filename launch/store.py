@@ -14,7 +14,7 @@ from research.core.errors import UserError
 from research.core.files import write_atomically
 from research.train.places import absolute, is_remote, place
 
-__all__ = ["absolute", "create", "is_remote", "names", "place", "read", "read_json", "text", "write"]
+__all__ = ["absolute", "create", "is_remote", "names", "passes", "place", "read", "read_json", "text", "write"]
 
 
 def create(path: Path, content: str) -> bool:
@@ -68,6 +68,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged: it must be JSON; remove it, or put an older copy there.")
     return found
+
+
+def passes(error: Exception) -> bool:
+    """Whether an error is the network's or the bucket's, and may pass by itself."""
+    rooms = ("aiohttp", "gcsfs", "google", "requests", "urllib3")
+    return isinstance(error, OSError | TimeoutError) or type(error).__module__.split(".")[0] in rooms
 
 
 def names(folder: Path) -> list[str]:

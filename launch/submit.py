@@ -100,7 +100,7 @@ def follow(controller: Controller, study: Study, directory: Path, poll: float) -
     """Rounds until there is nothing left to wait for; the first Ctrl-C asks the executor what becomes of the tasks."""
     with table(lambda: status.rows(controller.journal, directory, controller.states()), study.name) as refresh:
         try:
-            while controller.step():
+            while step(controller):
                 refresh()
                 time.sleep(poll)
             refresh()
@@ -108,6 +108,17 @@ def follow(controller: Controller, study: Study, directory: Path, poll: float) -
             live = [task for task in controller.journal.tasks() if task.live]
             say(controller.executor.interrupt(live) if live else "stopped")
             raise
+
+
+def step(controller: Controller) -> bool:
+    """One round of the controller. A bucket that does not answer ends nothing: it is asked again."""
+    try:
+        return controller.step()
+    except Exception as error:
+        if not (store.is_remote(controller.journal.folder) and store.passes(error)):
+            raise
+        say(f"the bucket could not be reached ({' '.join(str(error).split())[:200]}); trying again")
+        return True
 
 
 @contextlib.contextmanager
@@ -142,12 +153,17 @@ def only_submitter(journal: Journal) -> Iterator[None]:
 
     over = threading.Event()
 
-    def renew() -> None:
-        while True:
-            store.write(journal.folder / LEASE, store.text({**me, "time": time.time()}))
-            if over.wait(RENEW):
-                return
+    def say_so() -> None:
+        store.write(journal.folder / LEASE, store.text({**me, "time": time.time()}))
 
+    def renew() -> None:
+        while not over.wait(RENEW):
+            with contextlib.suppress(Exception):  # a bucket that does not answer now: the next time
+                say_so()
+
+    (journal.folder / LEASE).unlink(missing_ok=True)  # of one that is gone
+    if not store.create(journal.folder / LEASE, store.text({**me, "time": time.time()})):
+        raise Busy("Another process has just begun to submit this sweep: wait for it or end it.")
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
     try:
@@ -155,7 +171,8 @@ def only_submitter(journal: Journal) -> Iterator[None]:
     finally:
         over.set()
         thread.join(10)
-        (journal.folder / LEASE).unlink(missing_ok=True)
+        if (now := store.read_json(journal.folder / LEASE)) and (now["host"], now["process"]) == tuple(me.values()):
+            (journal.folder / LEASE).unlink(missing_ok=True)
 
 
 def _gone(other: dict[str, Any], me: dict[str, Any]) -> bool:

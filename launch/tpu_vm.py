@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from launch import store
-from launch.executor import Refused, Report
+from launch.executor import Refused, Report, Unreachable
 from launch.gcloud import Exists, Gcloud, NotFound, shown
-from launch.journal import AGAIN, Journal, Task
+from launch.journal import Journal, Task
 from launch.machine import deletion
 from launch.slice_hosts import Hosts
 from research.core.chips import Slice
@@ -32,7 +32,8 @@ RUNTIMES = {
 STARTUP = Path(__file__).with_name("startup.sh")
 PENDING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "STATE_UNSPECIFIED")
 GONE = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "DELETING")  # of a machine
-LEFT = 180.0  # seconds after which hosts that saved and left are not waited for
+SEEN, ABSENT = "the request is", "there is no request:"
+UNSEEN = 300.0  # seconds in which a request that was asked for may not be found yet
 REQUEST = ("compute", "tpus", "queued-resources")
 
 
@@ -79,11 +80,13 @@ class TpuVm:
     def chips(self) -> int:
         return self.settings.where.chips * self.settings.slices
 
-    def places(self, tasks: Sequence[Task]) -> str | None:
-        """The next zone after each task that was taken away or not given."""
-        taken = ("preempted", "again", "unplaced", "declined")
-        troubles = sum(any(end.outcome in taken for end in task.outcomes.values()) for task in tasks)
-        return self.settings.zones[troubles % len(self.settings.zones)]
+    def places(self, tasks: Sequence[Task], last: Task | None) -> str | None:
+        """The zone after that of a task that was taken away or not given; the first for a fresh one."""
+        zones, taken = self.settings.zones, ("preempted", "again", "unplaced", "declined")
+        if last is None or last.place not in zones:
+            return zones[0]
+        troubled = any(end.outcome in taken for end in last.outcomes.values())
+        return zones[(zones.index(last.place) + troubled) % len(zones)]
 
     # --- submit ------------------------------------------------------------------------------------
 
@@ -93,8 +96,12 @@ class TpuVm:
             files = {name: Path(folder) / name for name in ("startup-script", "lab-config")}
             for name, text in self.metadata(task).items():
                 files[name].write_text(text)
-            with contextlib.suppress(Exists):  # by a process that died before it could write it down
+            try:
                 self.gcloud.run(*self.creation(task, files))
+            except Exists:
+                pass  # by a process that died before it could write it down
+            except NotFound as error:  # of the project, the zone or the network
+                raise Refused(str(error)) from error
         return {"hosts": self.settings.hosts}
 
     def metadata(self, task: Task) -> dict[str, str]:
@@ -126,7 +133,6 @@ class TpuVm:
             # once each: a second one would replace the first
             "--labels=" + ",".join(f"{name}={value}" for name, value in labels.items()),
             "--metadata-from-file=" + ",".join(f"{name}={path}" for name, path in files.items()),
-            "--async",
         ]  # fmt: skip
 
     # --- poll --------------------------------------------------------------------------------------
@@ -134,13 +140,13 @@ class TpuVm:
     def poll(self, task: Task) -> Report:
         request = self._described(*REQUEST, task=task, name=task.name)
         state = str(request["state"]["state"]) if request else "absent"
-        if state in PENDING:
-            return Report("pending", state)
+        if state in PENDING or (state == "absent" and self._unseen(task)):
+            return Report("pending", state if request else "")
         folder = self.journal.task_folder(task)
         hosts = Hosts.read(folder, self._hosts(task))
         codes, words = hosts.codes(task.runs), hosts.words(task.runs)
-        if hosts.done and not any(code in AGAIN for code in codes.values()):
-            return Report("ended", "done", codes, details=words)
+        if hosts.done and not hosts.left:
+            return Report("ended", "done", codes, details=words, began=hosts.began, until=hosts.newest)
         # what hosts leave with while their slice is taken away, one after the other, says nothing of the run
         finished = {run: code for run, code in codes.items() if code == 0}
         if (failed := setup_failure(folder)) is not None:
@@ -148,22 +154,30 @@ class TpuVm:
         lost, never = "", task.active is None and not hosts.said
         if state in ("FAILED", "SUSPENDING", "SUSPENDED", "absent"):
             reason = (request or {}).get("state", {}).get("failedData", {}).get("error", {}).get("message", "")
-            lost = f"the request is {state}" + (f": {reason}" if reason else "")
+            lost = f"{SEEN if request else ABSENT} {state}" + (f": {reason}" if reason else "")
             if never and state != "SUSPENDED":
                 return Report("declined" if request else "absent", lost)
         elif state == "ACTIVE":
             lost = self._machine_gone(task)
-            if not lost and hosts.done and hosts.newest < time.time() - LEFT:
-                lost = "its hosts have left to be taken away"
+            if not lost and hosts.done:
+                lost = "its hosts saved and left"
         if not lost and (silent := hosts.silent(self.settings.silence)):
             lost = f"host {silent[0]} has given no sign of life for {self.settings.silence:g} minutes"
         if lost:
-            return Report("lost", lost, finished, hosts.current)
+            return Report("lost", lost, finished, hosts.current, began=hosts.began, until=hosts.newest)
         late = task.active is not None and time.time() - task.active > self.settings.start * 60
         if hosts.missing and (late or hosts.alone()):
             named = ", ".join(map(str, hosts.missing[:10]))
             return Report("failed", f"host {named} of {hosts.count} did not come up", finished, hosts.current)
-        return Report("active", hosts.phase if hosts.said else state, codes, hosts.current, words)
+        phase = hosts.phase if hosts.said else state
+        return Report("active", phase, codes, hosts.current, words, began=hosts.began)
+
+    def _unseen(self, task: Task) -> bool:
+        """Whether its request may have been made and not be found yet."""
+        if task.active is not None or time.time() - task.created > UNSEEN:
+            return False
+        seen = any(detail in PENDING or detail.startswith(SEEN) for _, _, detail in task.history)
+        return not seen and not Hosts.read(self.journal.task_folder(task), 1).said
 
     def _hosts(self, task: Task) -> int:
         return int(task.extra.get("hosts") or self.settings.hosts)
@@ -174,6 +188,8 @@ class TpuVm:
             return self.gcloud.json(*group, "describe", name, "--zone", task.place)
         except NotFound:
             return None
+        except Refused as error:  # too many questions, or one that it does not take now: nothing is known
+            raise Unreachable(str(error)) from error
 
     def _machine_gone(self, task: Task) -> str:
         """What became of a machine of an active request, where one is gone: the request learns of it later."""
@@ -188,15 +204,12 @@ class TpuVm:
 
     def cancel(self, task: Task) -> bool:
         """Deletes the request, once; then waits until it is gone."""
-        words = (*REQUEST, "describe", task.name, "--zone", task.place)
-        try:
-            state = str(self.gcloud.json(*words).get("state", {}).get("state"))
-            if state != "DELETING":
+        request = self._described(*REQUEST, task=task, name=task.name)
+        if request is None:
+            return not self._unseen(task)  # it would be left alone for ever
+        if request["state"]["state"] != "DELETING":
+            with contextlib.suppress(NotFound, Refused):  # not while it changes its state: the next time
                 self.gcloud.run(*deletion(task.name, task.place))
-        except NotFound:
-            return True
-        except Refused:
-            pass  # not while it changes its state: the next time
         return False
 
     def logs(self, task: Task, run: str) -> list[Path]:

@@ -10,6 +10,7 @@ import fcntl
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,18 +41,27 @@ class Workers:
     chips: int = 0
     _asked: dict[str, float] = field(default_factory=dict)
 
-    def places(self, tasks: Sequence[Task]) -> str | None:
+    def places(self, tasks: Sequence[Task], last: Task | None) -> str | None:
         taken = {task.place for task in tasks if task.live}
-        return next((f"worker {i}" for i in range(self.count) if f"worker {i}" not in taken), None)
+        mine = (f"worker {i} of {socket.gethostname()}" for i in range(self.count))
+        return next((place for place in mine if place not in taken), None)
+
+    def _check(self, task: Task) -> None:
+        """Raises Unreachable for a worker of another machine, which alone can say whether it lives."""
+        if (host := task.place.rpartition(" of ")[2]) != socket.gethostname():
+            raise Unreachable(
+                f"{task.name} is a worker of {host}", mend=f"go on there, or lab cancel {task.runs[0]} there"
+            )
 
     def submit(self, task: Task) -> dict:
+        self._check(task)
         folder = self._folder(task)
         folder.mkdir(parents=True, exist_ok=True)
         (run,) = task.runs
         with self._lock(folder) as lock:
             if lock is None or (folder / EXIT).exists():
                 return {}
-            index = int(task.place.split()[-1])
+            index = int(task.place.split()[1])
             with (folder / LOG).open("ab") as log:
                 subprocess.Popen(
                     ["/bin/sh", "-c", WORKER, "sh", *self.command, "--only", run],
@@ -64,6 +74,7 @@ class Workers:
         return {}
 
     def poll(self, task: Task) -> Report:
+        self._check(task)
         folder, (run,) = self._folder(task), task.runs
         with self._lock(folder) as lock:
             if lock is None:
@@ -75,6 +86,7 @@ class Workers:
         return Report("ended", codes={run: code}, details={run: last_words(folder / LOG)} if code else {})
 
     def cancel(self, task: Task) -> bool:
+        self._check(task)
         folder = self._folder(task)
         with self._lock(folder) as lock:
             if lock is not None:

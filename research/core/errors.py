@@ -7,6 +7,14 @@ class UserError(Exception):
     """Something the user can mend: one plain sentence saying what was given, what is allowed, what to do."""
 
 
+class Passing(UserError):
+    """Something that may pass by itself, such as a bucket that does not answer: the same run may be tried again."""
+
+
+class Crashed(UserError):
+    """A mistake of the code's, or of the machine's, told to all hosts alike."""
+
+
 class Interrupted(BaseException):
     """A run that saved and left because it was asked to, by the signal ``signum``."""
 

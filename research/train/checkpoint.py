@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from research.core import config
+from research.core.errors import Passing
 from research.core.tree import named_leaves
 from research.core.types import Array, UserError
 from research.train.experiment import WATCHING, CheckpointPolicy
@@ -73,6 +74,10 @@ def check_model(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
             f"{path} belongs to other settings ({'; '.join(found)}): take them over, or give "
             "Init(parts='weights') where the model is the same."
         )
+
+
+class CheckpointUnwritten(CheckpointError, Passing):
+    """A checkpoint that could not be written now."""
 
 
 class Checkpointer:
@@ -214,7 +219,8 @@ class Checkpointer:
             todo = "remove that folder to go on from an earlier checkpoint or from the start"
         else:
             todo = f"earlier ones are whole (steps {self.steps() or 'none'}): free some space and start again"
-        return CheckpointError(f"The checkpoint {which} could not be {verb} ({reason}); {todo}.")
+        kind = CheckpointError if verb == "read" else CheckpointUnwritten
+        return kind(f"The checkpoint {which} could not be {verb} ({reason}); {todo}.")
 
 
 def brief(error: Exception) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.core.config import differences
+from research.core.errors import Crashed, Passing
 from research.core.types import Array, UserError
 
 T = TypeVar("T")
@@ -29,6 +30,17 @@ SMALLEST = 1024  # bytes; texts are padded to powers of two, so that few program
 
 class HostsError(UserError):
     """What went wrong on one host or on all, raised on all alike: the next thing can be begun together."""
+
+
+class HostsCrashed(HostsError, Crashed):
+    """No user's mistake."""
+
+
+class HostsHindered(HostsError, Passing):
+    """What may pass by itself."""
+
+
+KINDS = {"": HostsError, "crashed": HostsCrashed, "passing": HostsHindered}
 
 
 def several() -> bool:
@@ -64,9 +76,9 @@ def from_first(compute: Callable[[], T]) -> T:
             value = compute()
         except Exception as caught:
             error = caught
-    said = json.loads(gathered(json.dumps({"value": value, "error": _sentence(error)}))[0])
+    said = json.loads(gathered(json.dumps({"value": value, "error": _sentence(error), "kind": _kind(error)}))[0])
     if said["error"]:
-        raise HostsError(said["error"]) from error
+        raise KINDS[said["kind"]](said["error"]) from error
     return said["value"]
 
 
@@ -81,11 +93,19 @@ def together() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    found = {host: text for host, text in enumerate(gathered(_sentence(error))) if text}
+    said = enumerate(gathered(json.dumps([_kind(error), _sentence(error)])))
+    found = {host: told for host, text in said if (told := json.loads(text))[1]}
     if found:
-        host, text = next(iter(found.items()))
-        alike = len(found) == jax.process_count() and len(set(found.values())) == 1
-        raise HostsError(text if alike else f"Host {host}: {text}") from error
+        host, (kind, text) = next(iter(found.items()))
+        alike = len(found) == jax.process_count() and len({other for _, other in found.values()}) == 1
+        raise KINDS[kind](text if alike else f"Host {host}: {text}") from error
+
+
+def _kind(error: Exception | None) -> str:
+    """What it is to the host that tells of it: a user's mistake, something that may pass, or a crash."""
+    if isinstance(error, Passing | OSError):
+        return "passing"
+    return "crashed" if error is not None and not isinstance(error, UserError) else ""
 
 
 def _sentence(error: Exception | None) -> str:

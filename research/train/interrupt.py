@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and Ctrl-C ask the loop to save and leave; a second one leaves at once. A signal to one of several hosts
+"""SIGTERM and Ctrl-C ask the loop to save and leave; a second Ctrl-C leaves at once. A signal to one of several hosts
 is one to all."""
 
 import signal
@@ -20,9 +20,10 @@ class Interrupt:
         self._said: Array | None = None
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:
+        if self.signum is None:
+            self.signum = signum
+        elif signum == signal.SIGINT:  # a person's; a machine that is shut down may well ask twice, and must not hurry
             raise KeyboardInterrupt
-        self.signum = signum
 
     def asked(self) -> int | None:
         """The signal to leave for, if any; asked once a step. With several hosts all get the same answer: what

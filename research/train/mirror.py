@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from research.core.types import UserError
+from research.core.errors import Passing, UserError
 from research.train import hosts
 
 EVERY = 30.0  # seconds between what is sent for whoever watches
@@ -63,7 +63,7 @@ class Mirror:
         try:
             (self.remote / name).write_bytes(content)
         except Exception as error:  # of whatever class the cloud's client raises
-            raise UserError(
+            raise Passing(
                 f"{self.remote / name} could not be written ({' '.join(str(error).split())[:300]}): see that the "
                 "bucket is there and that this account may write to it."
             ) from error
@@ -82,10 +82,15 @@ class Mirror:
         thread.start()
         try:
             yield
+        except BaseException:
+            over.set()
+            with contextlib.suppress(UserError):  # it must not hide why the run ends
+                self.send()
+            raise
         finally:
             over.set()
-            thread.join()
-            self.send()
+        thread.join()
+        self.send()
 
 
 def _stamp(path: Path) -> tuple[int, int]:

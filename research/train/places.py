@@ -18,7 +18,10 @@ def place(text: str | os.PathLike) -> Path:
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"To use {name}, install the extra gcs: pip install -c constraints.txt -e '.[gcs]'.")
     from etils import epath
+    from fsspec.config import conf
 
+    for protocol in ("gs", "gcs"):  # what other processes write must be seen: listings and sizes are not remembered
+        conf.setdefault(protocol, {})["use_listings_cache"] = False
     return epath.Path(name)  # type: ignore[return-value]  # a Path in all but its class
 
 

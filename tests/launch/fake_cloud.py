@@ -157,7 +157,7 @@ def parser():
     command(
         requests, "create", create, "--node-id", "--node-count", "--node-prefix", "--accelerator-type", "--labels",
         "--runtime-version", "--metadata-from-file", "--valid-until-duration", "--service-account", "--network",
-        "--subnetwork", "--spot!", "--reserved!", "--internal-ips!", "--async!",
+        "--subnetwork", "--spot!", "--reserved!", "--internal-ips!",
     )  # fmt: skip
     command(requests, "describe", lambda o: print(json.dumps(shown(described(o.name, o.zone)))))
     command(requests, "delete", delete, "--force!", "--async!")

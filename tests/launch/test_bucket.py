@@ -143,10 +143,18 @@ def test_slices_of_two_hosts_write_one_checkpoint_to_a_bucket(bucket, tmp_path, 
     )  # fmt: skip
     assert done.returncode == 0 and "1 finished" in done.stderr, done.stderr + cloud.console()
     cloud.wait_until_empty()
+    assert "run0: finished (" not in done.stderr and "host 0" not in done.stderr  # the hosts' own word, not a guess
     code = (
         "from launch import store; p = store.place('gs://lab-test/two/two'); print((p / 'said.txt').read_text());"
         "tasks = p / '.sweep' / 'tasks'; print(store.names(tasks / store.names(tasks)[0]));"
-        "print(store.names(p / 'run0' / 'checkpoints'))"
+        "print(store.names(p / 'run0' / 'checkpoints'));"
+        "from launch.journal import Journal; (task,) = Journal(p).tasks(); end = task.outcomes['run0'];"
+        "print(end.outcome, end.code, task.chip_hours > 0)"
     )
     told = python(bucket, code)
-    assert "'30', '40'" in told and "host-1.json" in told and "run0.host-0.log" in told, told
+    assert (
+        told.splitlines()[-1] == "finished 0 True"
+        and "'30', '40'" in told
+        and "host-1.json" in told
+        and "run0.host-0.log" in told
+    ), told

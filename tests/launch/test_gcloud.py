@@ -34,6 +34,12 @@ ACCOUNT = (
         ),
         ("ERROR: (gcloud.x) You do not currently have an active account selected.", Unreachable, "active account"),
         ("ERROR: (gcloud.x) UNAVAILABLE: connection reset", Unreachable, "UNAVAILABLE"),
+        (
+            "ERROR: (gcloud.x) There was a problem refreshing your current auth tokens: HTTPSConnectionPool(host='x'): "
+            "Max retries exceeded",
+            Unreachable,
+            "Max retries",
+        ),
         ("ERROR: gcloud crashed (ConnectionError): network is unreachable", Unreachable, "network"),
         (
             "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPUV5sPreemptibleLitepodPerProjectPerZoneForTPUAPI' "
@@ -96,7 +102,7 @@ def test_how_a_request_is_asked_for(tmp_path):
     words = executor(tmp_path).creation(TASK, files)
     pairs = dict(zip(words, words[1:], strict=False))
     assert pairs["create"] == pairs["--node-id"] == TASK.name and pairs["--accelerator-type"] == "v5p-16"
-    assert pairs["--runtime-version"] == "v2-alpha-tpuv5" and "--spot" in words and "--async" in words
+    assert pairs["--runtime-version"] == "v2-alpha-tpuv5" and "--spot" in words
     assert sum(word.startswith("--metadata-from-file") for word in words) == 1  # a second would replace the first
     several = executor(tmp_path, slices=4, provisioning="reserved", valid_for="6h", internal=True).creation(TASK, files)
     pairs = dict(zip(several, several[1:], strict=False))
@@ -113,11 +119,11 @@ def test_a_service_account_is_given_to_gcloud_and_shown_to_nobody(tmp_path):
     assert "robot" not in json.dumps(made.metadata(TASK))
 
 
-def host(folder, index, *, hosts=2, done=False, codes=(), age=0.0, current="a", words=()):
+def host(folder, index, *, hosts=2, done=False, codes=(), age=0.0, current="a", words=(), phase="running"):
     folder.mkdir(parents=True, exist_ok=True)
     said = {
         "host": index, "hosts": hosts, "done": done, "codes": dict(codes), "time": time.time() - age,
-        "phase": "running", "current": current, "words": dict(words),
+        "phase": phase, "current": current, "words": dict(words), "began": time.time() - age,
     }  # fmt: skip
     (folder / f"host-{index}.json").write_text(json.dumps(said))
 
@@ -141,7 +147,7 @@ READY = {"state": "READY"}
         (request("ACTIVE"), NotFound("x"), [{}, {}], "lost", "is gone"),
         (request("SUSPENDED"), READY, [{}, {}], "lost", "is SUSPENDED"),
         (request("SUSPENDING"), READY, [{}, {}], "lost", "is SUSPENDING"),
-        (NotFound("x"), READY, [{}, {}], "lost", "is absent"),
+        (NotFound("x"), READY, [{}, {}], "lost", "no request: absent"),
         (request("FAILED", failedData={"error": {"message": "no capacity"}}), READY, [], "lost", "no capacity"),
         (request("DELETING"), READY, [{}, {}], "active", "running"),
         (NotFound("x"), READY, [{"done": True, "codes": {"a": 0, "b": 0}}] * 2, "ended", "done"),
@@ -161,7 +167,9 @@ def test_what_becomes_of_a_request(tmp_path, state, machine, hosts, condition, w
 def test_a_request_that_never_was_active_and_one_whose_hosts_do_not_come(tmp_path):
     made, fresh = executor(tmp_path), Task(**{**vars(TASK), "active": None})
     made.gcloud.said.update({"queued-resources describe": NotFound("x"), "tpu-vm describe": READY})
-    assert made.poll(fresh).condition == "absent"
+    assert made.poll(fresh).condition == "absent" and made.cancel(fresh)
+    young = Task(**{**vars(fresh), "created": time.time()})  # just asked for: it may not be seen yet
+    assert made.poll(young).condition == "pending" and not made.cancel(young)
     made.gcloud.said["queued-resources describe"] = request("FAILED")
     assert made.poll(fresh).condition == "declined"
     made.gcloud.said["queued-resources describe"] = request("SUSPENDED")
@@ -171,13 +179,17 @@ def test_a_request_that_never_was_active_and_one_whose_hosts_do_not_come(tmp_pat
     assert "host 0, 1 of 2 did not come up" in made.poll(late).detail
 
 
-def test_hosts_that_left_to_be_taken_away_and_are_not_are_given_up(tmp_path):
+def test_hosts_that_left_to_be_taken_away_are_given_back(tmp_path):
+    """Or their machines would boot, and begin again what is then begun elsewhere."""
     made = executor(tmp_path)
     made.gcloud.said.update({"queued-resources describe": request("ACTIVE"), "tpu-vm describe": READY})
-    for age, condition in ((0.0, "active"), (600.0, "lost")):
-        for index in range(2):
-            host(made.journal.task_folder(TASK), index, done=True, codes={"a": 143}, age=age)
-        assert made.poll(TASK).condition == condition
+    for index in range(2):
+        host(made.journal.task_folder(TASK), index, done=True, codes={"a": 143}, phase="left")
+    assert made.poll(TASK).condition == "lost"
+    for index in range(2):  # one that was cancelled left as well, and the others are done
+        host(made.journal.task_folder(TASK), index, done=True, codes={"a": 143, "b": 0}, phase="done")
+    report = made.poll(TASK)
+    assert report.condition == "ended" and report.codes == {"a": 143, "b": 0} and report.began and report.until
 
 
 def test_exit_statuses_of_a_slice_that_is_taken_away_are_not_its_runs(tmp_path):
@@ -201,6 +213,29 @@ def test_a_startup_script_that_failed_says_why(tmp_path):
     assert report.condition == "failed" and "no matching distribution" in report.detail
 
 
+def test_a_service_account_that_is_refused_is_not_in_the_message(monkeypatch):
+    told = "ERROR: (gcloud.x) INVALID_ARGUMENT: Service account robot@my-project.iam does not exist"
+    monkeypatch.setattr(gcloud.shutil, "which", lambda name: name)
+    monkeypatch.setattr(
+        gcloud.subprocess, "run", lambda *words, **more: subprocess.CompletedProcess(words, 1, "", told)
+    )
+    with pytest.raises(Refused, match="Service account ACCOUNT does not exist"):
+        Gcloud(secrets=("robot@my-project.iam",)).run("x")
+
+
+def test_answers_that_say_nothing_of_what_there_is(tmp_path):
+    made = executor(tmp_path)
+    made.gcloud.said.update(
+        {"queued-resources describe": Refused("Read requests per minute"), "tpu-vm describe": READY}
+    )
+    for ask in (made.poll, made.cancel):
+        with pytest.raises(Unreachable, match="per minute"):
+            ask(TASK)
+    made.gcloud.said["queued-resources create"] = NotFound("the network 'x' was not found")
+    with pytest.raises(Refused, match="network 'x'"):
+        made.submit(TASK)
+
+
 def test_hosts_speak_with_one_voice():
     assert together([0, 0]) == 0 and together([0, 143]) == 143 and together([1, 143]) == 143
     assert together([2, 1]) == 1 and together([134, 2]) == 134 and together([2, 2]) == 2
@@ -219,5 +254,7 @@ def test_zones_are_tried_in_turn(tmp_path):
 
     made = executor(tmp_path)
     lost = Task(**{**vars(TASK), "outcomes": {"a": Ended("preempted"), "b": Ended("untouched")}})
-    assert made.places([]) == "us-west4-a" and made.places([lost]) == "us-east5-b"
-    assert made.places([lost, lost]) == "us-west4-a"
+    again = Task(**{**vars(lost), "place": "us-east5-b"})
+    fine = Task(**{**vars(TASK), "place": "us-east5-b", "outcomes": {"a": Ended("crashed")}})
+    assert made.places([], None) == "us-west4-a" and made.places([lost, lost], lost) == "us-east5-b"
+    assert made.places([], again) == "us-west4-a" and made.places([], fine) == "us-east5-b"
