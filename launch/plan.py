@@ -63,7 +63,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Row:
-    """One run. Bytes and seconds are of one chip and one step. memory: by kind, and "peak", which counts. parts: the
+    """One run. Bytes and seconds are of one chip and one step. memory: by kind; "step", the compiler's
+    peak of the training step; and "peak", that or an evaluation's beside the training state. parts: the
     roofline. bound: its longest. share_of_peak: of the chips' FLOP/s, counting the model's own FLOPs. change: what the
     search chose, as --set has it. problem: why it cannot run so, and what would help."""
 
@@ -163,8 +164,12 @@ class Programs:
     def _compile(
         self, key: str, name: str, what: str, change: Sequence[str], evaluation: int | None
     ) -> Compiled | Failed:
+        from research.core.config import override
+
         request = self.request
-        told = f"{name}, {what}" + (f", {' '.join(change)}" if change else "")
+        plain = self.study.experiments[name]
+        new = dict.fromkeys(one for one in change if override(plain, one) != plain)
+        told = f"{name}, {what}" + (f", {' '.join(new)}" if new else "")
         self.say(f"compiling {told}")
         job = Job(request.study, request.overrides, name, request.tpu, request.slices, evaluation, tuple(change))
         try:

@@ -93,7 +93,9 @@ class Planner:
             self._note(f"{changed.name}: loops of unknown length ({len(program.unknown)}) are counted once.")
         memory = {name: float(getattr(program, name)) for name in ("arguments", "temporaries", "output", "aliased")}
         roofline = Roofline(*program.roofline.values())
-        return self._made(changed, {**memory, "peak": peak}, roofline, seconds, compiled=True)
+        return self._made(
+            changed, {**memory, "step": float(program.peak), "peak": peak}, roofline, seconds, compiled=True
+        )
 
     def _estimated(self, changed: Experiment, guess: Estimate) -> Row:
         seconds = 0.0

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from launch import prices
-from launch.compiler import Compiled, Compiler, Failed, Job
+from launch.compiler import Compiled, Compiler, Failed, Job, TooLarge, failure
 from launch.search import Search
 from research.core.chips import CHIPS, slice_of
 from research.core.config import override
@@ -223,7 +223,7 @@ def test_a_study_compiled_for_a_slice(lab):
     row = made["rows"][-1]
     _, figures, _ = lab(row["name"], code=f"import os; os.environ['JAX_PLATFORMS'] = 'cpu'; {check}")
     step, arguments = (int(figure) for figure in figures.split())
-    assert row["memory"]["arguments"] == arguments and row["memory"]["peak"] >= step
+    assert row["memory"]["arguments"] == arguments and row["memory"]["step"] == step <= row["memory"]["peak"]
     _, again, told = lab(*words, "--fresh", "--json")
     assert json.loads(again)["compiled"] == 0 and "compiling" not in told
     assert json.loads(again)["rows"] == made["rows"]
@@ -246,3 +246,27 @@ def test_a_7b_model_on_a_pod(lab):
     begun = time.monotonic()
     _, again, told = lab(*words, code="main(sys.argv[1:]); print('jax' in sys.modules)")
     assert again.splitlines()[-1] == "False" and "compiling" not in told and time.monotonic() - begun < 5
+
+
+def test_a_program_too_large_for_the_compiler_tells_its_size_and_what_would_fit():
+    said = (
+        "XlaRuntimeError: RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+        "Used 16.54G of 15.75G hbm. Exceeded hbm capacity by 811.03M."
+    )
+    found = failure(said)
+    assert isinstance(found, TooLarge) and found.peak == pytest.approx(16.54 * 2**30)
+    other = failure("XlaRuntimeError: RESOURCE_EXHAUSTED: Ran out of memory: (1.5T) exceeds available HBM (15.75G)")
+    assert isinstance(other, TooLarge) and other.peak == 1.5 * 2**40
+    assert not isinstance(failure("INTERNAL: Mosaic failed to compile"), TooLarge)
+    where = slice_of("v5p-128")
+    crowded = replace(LARGE, source=replace(LARGE.source, batch_size=2048))
+    truth = Truth(crowded, where, 1.1)
+
+    def compiles(change):
+        if truth.peak(change) > where.chip.hbm_bytes:
+            truth.asked.append(tuple(change))
+            raise TooLarge(truth.peak(change))
+        return truth(change)
+
+    choice = Search(crowded, where, 1, compiles).fitting()
+    assert choice.change and truth.peak(choice.change) <= where.chip.hbm_bytes and len(truth.asked) <= 5
