@@ -92,7 +92,7 @@ class Controller:
                 extra = self.executor.submit(task)
                 task = self._record(task.now("submitted", "", extra={**task.extra, **extra}))
             except Refused as error:
-                task = self._end(task, Report("declined", str(error)))
+                task = self._end(task, Report("failed" if error.lasting else "declined", str(error)))
         if task.state != "ending":
             task = self._poll(task)
         if task.state == "ending" and self.executor.cancel(task):

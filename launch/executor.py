@@ -22,7 +22,11 @@ class Unreachable(Exception):
 
 
 class Refused(Exception):
-    """Asked for in vain: no quota, no capacity, or not to be had there."""
+    """Asked for in vain: no quota or capacity. lasting: what is asked for is wrong, and waiting will not help."""
+
+    def __init__(self, what: str, *, lasting: bool = False) -> None:
+        super().__init__(what)
+        self.lasting = lasting
 
 
 class Stop(UserError):

@@ -117,7 +117,7 @@ def sweep(study: Any, options: argparse.Namespace) -> int:
         return submit.preview(study, directory, told, options)
     poll = options.poll if options.poll is not None else POLL[options.on]
     code = submit.sweep(study, directory, told, runs=options.runs, poll=poll)
-    if study.analyze is not None:
+    if study.analyze is not None and any((directory / name / status.RESULT).exists() for name in study.experiments):
         sweeps.analyze(study, directory)
     return code
 
@@ -126,7 +126,7 @@ def logs(options: argparse.Namespace) -> int:
     """Prints a run's output; with ``--follow`` as it grows, until the run is over."""
     (directory,) = status.sweeps(options.runs, options.study)
     journal = Journal(directory)
-    shown, last = 0, ""
+    shown, last = "", ""
     while True:
         tasks = [task for task in journal.tasks() if options.run in task.runs]
         if not tasks:
@@ -138,14 +138,23 @@ def logs(options: argparse.Namespace) -> int:
             raise UserError(f"{task.name} has {len(paths)} logs of hosts: --host counts from 0.")
         path = paths[options.host]
         if str(path) != last:
-            shown, last = 0, str(path)
+            shown, last = "", str(path)
         text = store.read(path) or ""
-        sys.stdout.write(text[shown:])
+        sys.stdout.write(new_in(text, shown))
         sys.stdout.flush()
-        shown = len(text)
-        if not options.follow or not (task.live and options.run not in task.outcomes):
+        shown = text or shown
+        state = status.known(journal, directory)[options.run].state if options.follow else "finished"
+        if state in ("finished", "failed", "cancelled"):
             return 0
         time.sleep(1.0)
+
+
+def new_in(text: str, shown: str) -> str:
+    """What a log has more than was shown of it; its beginning may have been cut off since."""
+    if text.startswith(shown):
+        return text[len(shown) :]
+    end = text.find(shown[-500:])
+    return text if end < 0 else text[end + len(shown[-500:]) :]
 
 
 def cancel(options: argparse.Namespace) -> int:

@@ -96,7 +96,7 @@ def failure(code: int, said: str) -> Exception:
     if DENIED.search(said):
         return Unreachable(told, mend="give this account the role roles/tpu.admin and enable the TPU API")
     if re.search(r"\bINVALID_ARGUMENT\b", said):
-        return Refused(told)
+        return Refused(told, lasting=True)
     if code == 2:  # its own word for words that it does not take
         return Stop(f"gcloud does not take this command ({told}): update it with `gcloud components update`.")
     return Unreachable(told)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the hosts of a slice say of themselves in the bucket (``launch.machine`` writes it), read as one."""
 
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -67,10 +66,10 @@ class Hosts:
         """When one of them gave its last sign of life."""
         return max((host["time"] for host in self.said.values()), default=None)
 
-    def silent(self, minutes: float) -> list[int]:
-        """Those not through that have given no sign of life for so long."""
-        limit = time.time() - 60 * minutes
-        return [i for i, host in self.said.items() if not host["done"] and host["time"] < limit]
+    @property
+    def signs(self) -> dict[int, float]:
+        """When those not through gave their last sign of life, by their own clocks."""
+        return {i: host["time"] for i, host in self.said.items() if not host["done"]}
 
     def codes(self, runs: Sequence[str]) -> dict[str, int]:
         """Exit statuses of the runs that every host has left, as one for each."""

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launch import bundle, collect, executors, status, store
 from launch.controller import Controller, Wanted, summary
@@ -19,6 +19,7 @@ from launch.plan import own_files
 from launch.study import Study
 from research.train.experiment import Experiment
 
+T = TypeVar("T")
 LEASE, STALE, RENEW = "submitter.json", 180.0, 45.0  # seconds
 
 
@@ -98,12 +99,13 @@ def wanted(study: Study, directory: Path) -> list[Wanted]:
 
 def follow(controller: Controller, study: Study, directory: Path, poll: float) -> None:
     """Rounds until there is nothing left to wait for; the first Ctrl-C asks the executor what becomes of the tasks."""
+    journal = controller.journal
     with table(lambda: status.rows(controller.journal, directory, controller.states()), study.name) as refresh:
         try:
             while step(controller):
-                refresh()
+                patiently(journal, refresh)
                 time.sleep(poll)
-            refresh()
+            patiently(journal, refresh)
         except KeyboardInterrupt:
             live = [task for task in controller.journal.tasks() if task.live]
             say(controller.executor.interrupt(live) if live else "stopped")
@@ -112,13 +114,19 @@ def follow(controller: Controller, study: Study, directory: Path, poll: float) -
 
 def step(controller: Controller) -> bool:
     """One round of the controller. A bucket that does not answer ends nothing: it is asked again."""
+    again = patiently(controller.journal, controller.step)
+    return True if again is None else again
+
+
+def patiently(journal: Journal, ask: Callable[[], T]) -> T | None:
+    """What is asked; None, and a word, where the journal's bucket does not answer now."""
     try:
-        return controller.step()
+        return ask()
     except Exception as error:
-        if not (store.is_remote(controller.journal.folder) and store.passes(error)):
+        if not (store.is_remote(journal.folder) and store.passes(error)):
             raise
         say(f"the bucket could not be reached ({' '.join(str(error).split())[:200]}); trying again")
-        return True
+        return None
 
 
 @contextlib.contextmanager

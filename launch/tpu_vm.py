@@ -10,7 +10,7 @@ import contextlib
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -75,6 +75,7 @@ class TpuVm:
     words: Sequence[str]
     name: str = "tpu-vm"
     packs: bool = True
+    _signs: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
 
     @property
     def chips(self) -> int:
@@ -101,7 +102,7 @@ class TpuVm:
             except Exists:
                 pass  # by a process that died before it could write it down
             except NotFound as error:  # of the project, the zone or the network
-                raise Refused(str(error)) from error
+                raise Refused(str(error), lasting=True) from error
         return {"hosts": self.settings.hosts}
 
     def metadata(self, task: Task) -> dict[str, str]:
@@ -161,7 +162,7 @@ class TpuVm:
             lost = self._machine_gone(task)
             if not lost and hosts.done:
                 lost = "its hosts saved and left"
-        if not lost and (silent := hosts.silent(self.settings.silence)):
+        if not lost and (silent := self._silent(task, hosts)):
             lost = f"host {silent[0]} has given no sign of life for {self.settings.silence:g} minutes"
         if lost:
             return Report("lost", lost, finished, hosts.current, began=hosts.began, until=hosts.newest)
@@ -171,6 +172,18 @@ class TpuVm:
             return Report("failed", f"host {named} of {hosts.count} did not come up", finished, hosts.current)
         phase = hosts.phase if hosts.said else state
         return Report("active", phase, codes, hosts.current, words, began=hosts.began)
+
+    def _silent(self, task: Task, hosts: Hosts) -> list[int]:
+        """Hosts not through whose last sign of life has not changed for long, by this machine's clock, not theirs."""
+        now, limit = time.monotonic(), 60 * self.settings.silence
+        found = []
+        for index, sign in hosts.signs.items():
+            known = self._signs.setdefault((task.name, index), (sign, now))
+            if known[0] != sign:
+                self._signs[task.name, index] = (sign, now)
+            elif now - known[1] > limit:
+                found.append(index)
+        return found
 
     def _unseen(self, task: Task) -> bool:
         """Whether its request may have been made and not be found yet."""
