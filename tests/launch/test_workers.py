@@ -159,3 +159,22 @@ def test_a_submitter_killed_twenty_times_comes_to_the_same_end(tmp_path, kind):
     if cloud is not None:
         cloud.wait_until_empty()
         assert cloud.left_to_disturb == [], told
+
+
+def test_one_of_the_runs_of_a_slice_is_cancelled_and_the_others_go_on(tmp_path):
+    runs, cloud = tmp_path / "runs", Cloud(tmp_path / "cloud", hosts=2, environment={})
+    process = submit("tpu-vm", runs, ["a", "b", "c"], cloud.environment)
+    try:
+        until = time.monotonic() + 40
+        while not (runs / "a" / "starts-1").exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        Journal(runs).cancel(["a"])
+        told, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    told += cloud.console()
+    assert "2 finished, 1 cancelled" in told, told
+    first, second = Journal(runs).tasks()
+    assert first.runs == ("a", "b") and first.outcomes["b"].outcome == "finished" and second.runs == ("c",), told
+    assert not (runs / "a" / "result.json").exists() and (runs / "a" / "saved-0").exists()
+    cloud.wait_until_empty()
