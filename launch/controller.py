@@ -104,7 +104,7 @@ class Controller:
             task = replace(task, active=report.began)  # nobody may have looked when it began
         if report.condition in ("pending", "active"):
             state = "submitted" if report.condition == "pending" else "active"
-            known = {run: self._ended(task, run, report, "crashed") for run in report.codes}
+            known = {run: self._ended(run, report) for run in report.codes}
             after = task.now(state, report.detail, current=report.current, outcomes={**known, **task.outcomes})
             self._say_ends(task, after)
             return self._record(after) if after != task else task
@@ -116,8 +116,8 @@ class Controller:
         """Says what became of each of its runs. One that has no exit status was in hand, or had not begun."""
         outcomes = dict(task.outcomes)
         for run in task.runs:
-            if run not in outcomes and report.codes.get(run) is not None:
-                outcomes[run] = self._ended(task, run, report, "crashed")
+            if run not in outcomes and run in report.codes:
+                outcomes[run] = self._ended(run, report)
         left = [run for run in task.runs if run not in outcomes]
         in_hand = report.current or task.current or (left[0] if left else "")
         for run in left:
@@ -138,13 +138,14 @@ class Controller:
         self._say_ends(task, after)
         return self._record(after)
 
-    def _ended(self, task: Task, run: str, report: Report, unknown: Outcome) -> Ended:
+    def _ended(self, run: str, report: Report) -> Ended:
+        """How a run left that has an exit status."""
         code = report.codes[run]
-        outcome = outcome_of(code) if code is not None else unknown
+        outcome = outcome_of(code)
         detail = report.details.get(run, "")
         if outcome == "finished" and not self._has_result(run) and any(one.name == run for one in self.runs):
             outcome, detail = "crashed", "it left no result"
-        if outcome in ("crashed", "refused", "stalled", "unplaced") and not detail:
+        if outcome not in ("finished", "again") and not detail:
             detail = self.explain(run) or f"exit status {code}"
         return Ended(outcome, code, detail)
 

@@ -42,7 +42,7 @@ class Report:
 
     condition: Condition
     detail: str = ""
-    codes: Mapping[str, int | None] = field(default_factory=dict)
+    codes: Mapping[str, int] = field(default_factory=dict)
     current: str = ""
     details: Mapping[str, str] = field(default_factory=dict)
     began: float | None = None
