@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ class Row:
     where: str
     step: str
     loss: str
-    hours: str
+    spent: str
     counts: str
     detail: str
 
@@ -39,10 +40,12 @@ def rows(journal: Journal, directory: Path, known: Mapping[str, RunState]) -> li
 def _row(run: RunState, directory: Path) -> Row:
     last = last_line(directory / METRICS) if run.state in ("running", "finished", "failed", "waiting") else {}
     task, now = run.task, time.time()
-    where = f"{task.place} ({task.name})" if task is not None else ""
-    hours = ""
+    where = task.place.removesuffix(f" of {socket.gethostname()}") if task is not None else ""
+    if task is not None and task.live and task.on != "local":
+        where += f" ({task.name})"
+    spent = ""
     if task is not None and task.active is not None:
-        hours = f"{((task.ended or now) - task.active) / 3600:.2g} h"
+        spent = duration((task.ended or now) - task.active)
     state, detail = run.state, run.detail
     if run.state == "waiting" and run.until > now:
         detail = f"again in {run.until - now:.0f} s" + (f"; {detail}" if detail else "")
@@ -51,7 +54,14 @@ def _row(run: RunState, directory: Path) -> Row:
     counted = ", ".join(f"{count} {what}" for what, count in run.counts.items() if count)
     loss = last.get("validation/loss", last.get("loss"))
     step = f"{last['step']:,}" if "step" in last else ""
-    return Row(run.name, state, where, step, f"{loss:.4f}" if isinstance(loss, float) else "", hours, counted, detail)
+    return Row(run.name, state, where, step, f"{loss:.4f}" if isinstance(loss, float) else "", spent, counted, detail)
+
+
+def duration(seconds: float) -> str:
+    for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def last_line(path: Path) -> dict[str, Any]:
@@ -84,7 +94,7 @@ def table(found: Sequence[Row], title: str) -> Any:
     for row in found:
         style = colours.get(row.state, "")
         state = f"[{style}]{row.state}[/]" if style else row.state
-        cells = (row.where, row.step, row.loss, row.hours, row.counts, row.detail[:200])
+        cells = (row.where, row.step, row.loss, row.spent, row.counts, row.detail[:200])
         shown.add_row(escape(row.name), state, *(escape(cell) for cell in cells))
     return shown
 
