@@ -23,6 +23,7 @@ from launch.executor import Report, Unreachable
 from launch.journal import Journal, Task
 
 EXIT, HELD, LOG, PID = "exit", "held", "log.txt", "pid"
+BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1"}  # of so many chips of a TPU host, as libtpu wants them
 GRACE = 60.0  # seconds between asking a worker to save and leave, and ending it
 # so that the status is there whole, or not at all
 WORKER = '"$@" & child=$!; echo $child > "$LAB_PID"; wait $child; code=$?; ' \
@@ -148,6 +149,11 @@ def pin(index: int, count: int) -> None:
         os.sched_setaffinity(0, mine)
 
 
+def tpu_chips() -> list[Path]:
+    """Of this host."""
+    return sorted(Path("/dev").glob("accel[0-9]*")) or sorted(Path("/dev/vfio").glob("[0-9]*"))
+
+
 def pinned(index: int, count: int) -> dict[str, str]:
     """Settings that keep a worker to its share of the accelerators: NVIDIA's, or the TPU chips of this host."""
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else [
@@ -156,10 +162,12 @@ def pinned(index: int, count: int) -> dict[str, str]:
     if count > 1 and gpus:
         mine = gpus[index::count] if len(gpus) >= count else [gpus[index % len(gpus)]]
         return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
-    chips = sorted(Path("/dev").glob("accel[0-9]*")) or sorted(Path("/dev/vfio").glob("[0-9]*"))
-    if count > 1 and len(chips) >= count:
-        one = {"TPU_PROCESS_BOUNDS": "1,1,1", "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1"}  # each its own chip
-        return {"TPU_VISIBLE_CHIPS": str(index), **one, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    chips = tpu_chips()
+    each = max((n for n in BOUNDS if n * count <= len(chips)), default=0)
+    if count > 1 and each:
+        mine = ",".join(str(chip) for chip in range(index * each, (index + 1) * each))
+        bounds = {"TPU_PROCESS_BOUNDS": "1,1,1", "TPU_CHIPS_PER_PROCESS_BOUNDS": BOUNDS[each]}
+        return {"TPU_VISIBLE_CHIPS": mine, **bounds, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     return {}
 
 

@@ -119,6 +119,11 @@ def test_cores_and_accelerators_are_shared_out(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
     assert [workers.pinned(i, 2)["CUDA_VISIBLE_DEVICES"] for i in range(2)] == ["4,7", "5"]
     assert workers.pinned(0, 1) == {}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(workers, "tpu_chips", lambda: ["a", "b", "c", "d"])
+    second = workers.pinned(1, 2)
+    assert (second["TPU_VISIBLE_CHIPS"], second["TPU_CHIPS_PER_PROCESS_BOUNDS"]) == ("2,3", "1,2,1")
+    assert workers.pinned(2, 3)["TPU_VISIBLE_CHIPS"] == "2" and workers.pinned(0, 5) == {}
 
 
 def test_the_words_of_a_failure(tmp_path):
