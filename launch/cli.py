@@ -58,7 +58,15 @@ def guarded(options: argparse.Namespace) -> int:
         return fail(str(error), code=HINDERED if isinstance(error, Passing) else CRASHED)
     except UserError as error:
         return fail(str(error))
-    except OSError as error:
+    except Exception as error:
+        if store.of_a_bucket(error):
+            return fail(
+                f"A bucket could not be used ({' '.join(str(error).split())[:200]}): see that this machine has network "
+                "and credentials (gcloud auth application-default login), and that the bucket is there.",
+                code=HINDERED,
+            )
+        if not isinstance(error, OSError):
+            raise
         if error.errno in host.OUT_OF_SPACE:
             where = f" while writing {error.filename}" if error.filename else ""
             return fail(f"The disk is full{where}: free some space and repeat the command; what was saved is whole.")
@@ -136,11 +144,11 @@ def sweep(options: argparse.Namespace) -> int:
 
     with hosts.together():
         study = load_study(options)
+    from launch import executors
     from launch import sweep as sweeps
 
+    executors.check(options)
     if options.on is not None:
-        from launch import executors
-
         return executors.sweep(study, options)
     return sweeps.sweep(study, options.runs / study.name, stall_minutes=options.stall_minutes)
 

@@ -28,7 +28,8 @@ class Wanted:
 
 @dataclass
 class Controller:
-    """budget: chip-hours after which nothing more is submitted. say: takes lines for whoever watches."""
+    """budget: chip-hours after which nothing more is submitted. say: takes lines for whoever watches. explain: what a
+    failed run left to say. version: of the code and settings: under others, runs that failed are tried again."""
 
     journal: Journal
     sweep: str
@@ -39,6 +40,7 @@ class Controller:
     say: Callable[[str], None]
     budget: float | None = None
     explain: Callable[[str], str] = lambda run: ""
+    version: str = ""
     _done: set[str] = field(default_factory=set)
     _looked: bool = False
     _unreached: int = 0
@@ -53,7 +55,7 @@ class Controller:
 
     def states(self) -> dict[str, RunState]:
         names = [run.name for run in self.runs]
-        return states(names, self.journal.tasks(), self._done, self.journal.cancelled(), self.patience)
+        return states(names, self.journal.tasks(), self._done, self.journal.cancelled(), self.patience, self.version)
 
     def step(self) -> bool:
         """One round: what became of the live tasks, then new ones. False when there is nothing left to wait for."""
@@ -180,7 +182,7 @@ class Controller:
         """What the next task is to be, after these; None where it is not its time."""
         live, now = sum(task.live for task in tasks), time.time()
         names = [run.name for run in self.runs]
-        known = states(names, tasks, self.finished(), self.journal.cancelled(), self.patience)
+        known = states(names, tasks, self.finished(), self.journal.cancelled(), self.patience, self.version)
         ready = [run for run in self.runs if known[run.name].state == "waiting" and known[run.name].until <= now]
         if not ready or live >= self.parallel:
             return None
@@ -191,7 +193,8 @@ class Controller:
         runs = tuple(run.name for run in chosen)
         if (place := self.executor.places(tasks, known[runs[0]].task)) is None:
             return None
-        return {"on": self.executor.name, "runs": runs, "place": place, "chips": self.executor.chips}
+        where = {"on": self.executor.name, "place": place, "chips": self.executor.chips}
+        return {**where, "runs": runs, "version": self.version}
 
     def preview(self) -> list[Task]:
         """The tasks that the first round would begin."""

@@ -3,7 +3,9 @@
 commands that ask one for something."""
 
 import argparse
+import contextlib
 import os
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -15,6 +17,7 @@ from launch.controller import Controller, Wanted
 from launch.executor import Executor, Refused, Unreachable
 from launch.gcloud import Gcloud, NotFound
 from launch.journal import Journal, Patience, Task
+from launch.plan import hash_of, own_files
 from launch.workers import Workers, lab
 from research.core.chips import slice_of
 from research.core.errors import UserError
@@ -28,6 +31,23 @@ TPU = ("tpu", "slices", "zones", "provisioning", "project", "runtime_version", "
 NOT_OF_SKY = ("service_account", "network", "subnetwork", "internal_ips", "valid_for", "python")
 
 
+def check(options: argparse.Namespace) -> None:
+    """Raises UserError for options that mean nothing without ``--on``, or with the one given."""
+    of_any = ("dry_run", "parallel", "backoff", "budget", "poll")
+    of_clouds = ("tpu", "zones", *NOT_OF_SKY, "project", "runtime_version", "shared_runs")
+    for names, allowed in ((of_any, ("local", "tpu-vm", "sky")), (of_clouds, ("tpu-vm", "sky"))):
+        for name in names:
+            if getattr(options, name) not in (None, False) and options.on not in allowed:
+                given = f"with --on {options.on}" if options.on else "by itself"
+                raise UserError(f"--{name.replace('_', '-')} means nothing {given}: give --on {' or '.join(allowed)}.")
+    for name, pattern, what in (
+        ("zones", r"[a-z][a-z0-9-]*(\s*,\s*[a-z][a-z0-9-]*)*", "zones with commas between, such as us-west4-a"),
+        ("valid_for", r"\d+[smhd]", "a duration, such as 6h"),
+    ):
+        if (given := getattr(options, name)) and not re.fullmatch(pattern, given):
+            raise UserError(f"--{name.replace('_', '-')} {given}: give {what}.")
+
+
 def about(study: Any, options: argparse.Namespace) -> dict[str, Any]:
     """The record of a sweep: what another process needs to go on with it, or to ask for its logs. The service account
     is not in it."""
@@ -38,8 +58,10 @@ def about(study: Any, options: argparse.Namespace) -> dict[str, Any]:
     ):  # fmt: skip
         if value < least:
             raise UserError(f"--{name} {value:g} must be at least {least}.")
-    if options.budget is not None and (not options.budget > 0 or options.on == "local"):
-        raise UserError(f"--budget {options.budget:g}: give chip-hours above 0, of TPUs; workers here have none.")
+    if options.budget is not None and options.on == "local":
+        raise UserError("--budget is in chip-hours of TPUs, and workers here have none: leave it out.")
+    if options.budget is not None and not options.budget > 0:
+        raise UserError(f"--budget {options.budget:g}: give chip-hours above 0.")
     if options.on != "local":
         if options.tpu is None:
             raise UserError(f"--on {options.on} needs --tpu SLICE, such as v5e-16.")
@@ -66,6 +88,7 @@ def about(study: Any, options: argparse.Namespace) -> dict[str, Any]:
         "words": [
             "--stall-minutes", f"{options.stall_minutes:g}", "--host-timeout", f"{options.host_timeout:g}"
         ], "parallel": count, "budget": options.budget,
+        "version": hash_of(own_files())[:16],
         "patience": asdict(Patience(retries=options.retries, backoff=backoff)),
         **({name: getattr(options, name) for name in TPU} if options.on != "local" else {}),
     }  # fmt: skip
@@ -123,15 +146,23 @@ def sweep(study: Any, options: argparse.Namespace) -> int:
 
 
 def logs(options: argparse.Namespace) -> int:
-    """Prints a run's output; with ``--follow`` as it grows, until the run is over."""
+    """Prints a run's output; with ``--follow`` as it grows, until the run is over or nobody looks any more."""
+    with contextlib.suppress(KeyboardInterrupt):
+        return follow_logs(options)
+    return 130
+
+
+def follow_logs(options: argparse.Namespace) -> int:
     (directory,) = status.sweeps(options.runs, options.study)
     journal = Journal(directory)
     shown, last = "", ""
     while True:
         tasks = [task for task in journal.tasks() if options.run in task.runs]
         if not tasks:
-            names = ", ".join(journal.about()["runs"][:20])
-            raise UserError(f"Nothing was begun for {options.run!r} in {directory}: its runs are {names}.")
+            names = journal.about()["runs"]
+            if options.run in names:
+                raise UserError(f"{options.run} has not been begun yet: lab status says what it waits for.")
+            raise UserError(f"{directory} has no run {options.run!r}: its runs are {', '.join(names[:20])}.")
         task = tasks[-1]
         paths = make(journal, options.runs, journal.about(), on=task.on).logs(task, options.run)
         if options.host >= len(paths):
@@ -167,8 +198,14 @@ def cancel(options: argparse.Namespace) -> int:
     if unknown := set(options.run) - set(told["runs"]):
         names = ", ".join(sorted(told["runs"])[:20])
         raise UserError(f"{directory} has no run {', '.join(sorted(unknown))}: its runs are {names}.")
-    journal.cancel(options.run or ["*"])
-    wanted = set(options.run) or set(told["runs"])
+    over = {name: run.state for name, run in status.known(journal, directory).items()}
+    going = [name for name, state in over.items() if state in ("waiting", "assigned", "running")]
+    wanted = set(options.run or going) & set(going)
+    if not wanted:
+        states = ", ".join(f"{name} is {over[name]}" for name in (options.run or told["runs"])[:10])
+        print(f"nothing to cancel: {states}", file=sys.stderr)
+        return 0
+    journal.cancel(sorted(wanted))
 
     def left() -> list[Task]:
         """Live tasks of which nothing else is wanted; what shares a slice with others is ended by the slice itself."""
@@ -180,11 +217,14 @@ def cancel(options: argparse.Namespace) -> int:
             with submit.only_submitter(journal):
                 runs = [Wanted(name, 0.0, (directory / name / status.RESULT).exists) for name in told["runs"]]
                 executor, patience = make(journal, options.runs, told), Patience(**told["patience"])
-                Controller(journal, told["id"], executor, runs, 0, patience, submit.say).step()
+                Controller(
+                    journal, told["id"], executor, runs, 0, patience, submit.say, version=told.get("version", "")
+                ).step()
         except submit.Busy:
             pass  # that process reads what was written
         time.sleep(0.5)
-    print(f"{len(wanted)} runs cancelled; {count - len(left())} of {count} live tasks ended", file=sys.stderr)
+    tasks = f"{count - len(left())} of {count} live tasks ended" if count else "no task held them alone"
+    print(f"cancelled: {', '.join(sorted(wanted))}; {tasks}", file=sys.stderr)
     return 1 if left() else 0
 
 
@@ -207,6 +247,8 @@ def collect_garbage(options: argparse.Namespace) -> int:
         requests = tpu_vm.requests(gcloud, list(zones))
     except (Unreachable, Refused, NotFound) as error:
         raise UserError(f"The requests could not be listed ({error}): mend that and repeat the command.") from error
+    if not requests:
+        print(f"no requests of sweeps in {', '.join(zones) or 'any zone (give --zones)'}")
     for zone, name, state in requests:
         task, sweep_id = tasks.get(name), name.split("-")[1]
         if task is None and sweep_id in known:  # it may have been begun since

@@ -7,6 +7,7 @@ moment a submitting process dies at, another one reads the same and goes on. Wha
 records of its tasks and from its results.
 """
 
+import fcntl
 import json
 import secrets
 import time
@@ -19,6 +20,7 @@ from launch import store
 from research.core.errors import UserError
 
 FOLDER = ".sweep"
+LOCK, LEASE, STALE = ".lock", "submitter.json", 180.0  # of the process that submits; seconds that its word holds
 SWEEP, CANCEL, TASKS, TASK = "sweep.json", "cancel.json", "tasks", "task.json"
 
 State = Literal["intended", "submitted", "active", "ending", "ended"]
@@ -57,7 +59,8 @@ class Ended:
 
 @dataclass(frozen=True)
 class Task:
-    """A task's record. on: its executor. place: where it is put, as its executor says it (a zone, a worker). chips: it
+    """A task's record. on: its executor. place: where it is put, as its executor says it (a zone, a worker). version:
+    of the code and settings. chips: it
     holds while active. created, active, ended: seconds since 1970; until: when its machines gave their last sign, where
     that is known. history: (time, state, detail) of each change."""
 
@@ -66,6 +69,7 @@ class Task:
     on: str
     runs: tuple[str, ...]
     place: str = ""
+    version: str = ""
     chips: int = 0
     state: State = "intended"
     detail: str = ""
@@ -166,6 +170,20 @@ class Journal:
         if self.cancelled():
             store.write(self.folder / CANCEL, json.dumps({"runs": []}))
 
+    def followed(self) -> bool:
+        """Whether a process submits this sweep now, as far as this machine can tell."""
+        if store.is_remote(self.folder):
+            lease = store.read_json(self.folder / LEASE)
+            return lease is not None and time.time() - lease["time"] < STALE
+        try:
+            with (self.folder / LOCK).open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
     # --- tasks -------------------------------------------------------------------------------------
 
     def task_folder(self, task: Task | str) -> Path:
@@ -215,15 +233,23 @@ def outcome_of(code: int) -> Outcome:
 
 
 def states(
-    names: Sequence[str], tasks: Sequence[Task], finished: set[str], cancelled: set[str], patience: Patience
+    names: Sequence[str],
+    tasks: Sequence[Task],
+    finished: set[str],
+    cancelled: set[str],
+    patience: Patience,
+    version: str = "",
 ) -> dict[str, RunState]:
-    """What is known of each run. finished: by their results."""
-    return {name: _state(name, tasks, finished, cancelled, patience) for name in names}
+    """What is known of each run. finished: by their results. version: of the code and settings now; what went wrong
+    under others does not count."""
+    return {name: _state(name, tasks, finished, cancelled, patience, version) for name in names}
 
 
-def _state(name: str, tasks: Sequence[Task], finished: set[str], cancelled: set[str], patience: Patience) -> RunState:
+def _state(
+    name: str, tasks: Sequence[Task], finished: set[str], cancelled: set[str], patience: Patience, version: str
+) -> RunState:
     mine = [task for task in tasks if name in task.runs]
-    ends = [task.outcomes[name] for task in mine if name in task.outcomes]
+    ends = [task.outcomes[name] for task in mine if name in task.outcomes and task.version == version]
     counts = {what: sum(end.outcome in kinds for end in ends) for what, kinds in COUNTED.items()}
     last = mine[-1] if mine else None
 
@@ -237,8 +263,6 @@ def _state(name: str, tasks: Sequence[Task], finished: set[str], cancelled: set[
         left = last.outcomes.get(name)
         detail = last.detail if left is None else f"{left.outcome}; the others of {last.name} go on"
         return state("running" if last.current == name else "assigned", detail)
-    if cancelled & {name, "*"}:
-        return state("cancelled")
     end = ends[-1] if ends else None
     if end is not None and (end.outcome == "refused" or counts["failures"] > patience.retries):
         return state("failed", end.detail)
@@ -246,6 +270,8 @@ def _state(name: str, tasks: Sequence[Task], finished: set[str], cancelled: set[
         if counts[what] > getattr(patience, what):
             times = "times declined" if what == "declined" else what
             return state("failed", f"{counts[what]} {times}, the last: {end.detail if end else ''}")
+    if cancelled & {name, "*"}:
+        return state("cancelled")
     attempts = sum(end.outcome not in ("untouched", "cancelled") for end in ends)
     until = (last.ended or last.created) + patience.wait(attempts) if last is not None and attempts else 0.0
     return state("waiting", end.detail if end else "", until)

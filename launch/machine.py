@@ -60,7 +60,8 @@ class Machine:
                 break
             code = self._one(name)  # after a boot the finished ones too: they end at once, on all hosts alike
             self.status["codes"][name] = code
-            self.status["words"][name] = last_words(self.work / f"{name}.log")
+            if code not in (0, *AGAIN):
+                self.status["words"][name] = last_words(self.work / f"{name}.log")
             self._tell("between runs", current="")
             # on its way out, or without the other hosts; one that was cancelled makes room for the next
             if code == ALONE or (code in AGAIN and (self._leaving.is_set() or not self._cancelled(name))):

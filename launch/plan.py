@@ -327,11 +327,20 @@ def table(made: Plan, request: Request, price: float | None) -> Any:
             f"{row.share_of_peak:.0%}", f"{row.chip_hours:,.3g}", *cost,
         )  # fmt: skip
     if len(made.rows) > 1:
-        hours = sum(row.chip_hours for row in made.rows)
-        tokens, flops = (sum(getattr(row, name) for row in made.rows) for name in ("tokens", "flops"))
+        fine = [row for row in made.rows if not row.problem]
+        hours = sum(row.chip_hours for row in fine)
+        tokens, flops = (sum(getattr(row, name) for row in fine) for name in ("tokens", "flops"))
         cost = [f"{hours * price:,.2f}"] if price is not None else []
         shown.add_section()
-        shown.add_row("all", "", number(tokens), f"{flops:.3g}", *[""] * 10, f"{hours:,.3g}", *cost)
+        shown.add_row(
+            "all" if len(fine) == len(made.rows) else f"{len(fine)} of {len(made.rows)}",
+            "",
+            number(tokens),
+            f"{flops:.3g}",
+            *[""] * 10,
+            f"{hours:,.3g}",
+            *cost,
+        )
     return shown
 
 
@@ -358,8 +367,10 @@ def command(options: Any) -> int:
         for row in made.rows:
             if row.change:
                 print(f"{row.name}: {' '.join(f'--set {assignment}' for assignment in row.change)}")
-            if row.problem:
-                print(f"{row.name}: {row.problem}")
+        for problem in dict.fromkeys(row.problem for row in made.rows if row.problem):
+            names = [row.name for row in made.rows if row.problem == problem]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            print(f"{', '.join(names[:3])}{more}: {problem}")
         for note in made.notes:
             print(note)
         print(

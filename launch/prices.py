@@ -23,11 +23,13 @@ def per_chip_hour(chip: Chip, pricing: str, table: Path | None = None) -> float:
         raise UserError(f"{path} is not a price table ({error}): write it as {DEFAULT} is written.") from None
     prices = rows.get(chip.name)
     if not isinstance(prices, dict):
-        raise UserError(f"{path} has no prices of {chip.name} (it has {', '.join(rows) or 'none'}): add [{chip.name}].")
+        raise UserError(f"{path} has no section [{chip.name}] of prices: write it as {DEFAULT} has it.")
     price = prices.get(pricing)
-    if isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price < math.inf:
+    if price is None:
         raise UserError(
             f"{path} has no price of {chip.name} for {pricing} (it has {', '.join(prices) or 'none'}): choose one with "
             f"--pricing, or add a line '{pricing} = DOLLARS' below [{chip.name}]."
         )
+    if isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price < math.inf:
+        raise UserError(f"{path} has {price!r} for {pricing} of {chip.name}: give US dollars, a number of at least 0.")
     return float(price)

@@ -16,7 +16,7 @@ from launch.compiler import Compiled, Failed, TooLarge
 from research.core.chips import Slice
 from research.core.config import override
 from research.core.roofline import Roofline
-from research.core.sharding import MeshSpec, described, meshes
+from research.core.sharding import MeshSpec, meshes
 from research.core.types import UserError
 from research.models.stack import POLICIES
 from research.train.estimate import Estimate, estimate
@@ -187,14 +187,9 @@ class Search:
     # --- words -----------------------------------------------------------------------------------
 
     def _words(self, candidate: Candidate) -> str:
-        now, chips = self.experiment, self.where.chips * self.slices
-        size = candidate.mesh.shape(chips)
-        same = {name for name, n in vars(now.mesh).items() if n in (size[name], -1)}
-        parts = [f"the mesh {described(size)}"] if len(same) < len(size) else []
-        parts += [f"model.remat={candidate.remat}"] if candidate.remat != now.model.remat else []
-        parts += [f"accumulate={candidate.accumulate}"] if candidate.accumulate != now.accumulate else []
+        new = [one for one in candidate.change if override(self.experiment, one) != self.experiment]
         how = "compiled" if candidate in self._compiled else "by estimate"
-        words = " and ".join(parts) or "what it has"
+        words = " ".join(f"--set {one}" for one in new) or "what it has"
         return f"{words} it takes {self._peak(candidate) / 1e9:.2f} GB ({how})"
 
     def _nothing(self) -> str:

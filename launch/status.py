@@ -51,7 +51,7 @@ def _row(run: RunState, directory: Path) -> Row:
         detail = f"again in {run.until - now:.0f} s" + (f"; {detail}" if detail else "")
     if task is not None and task.live and task.state != "active":
         state = {"intended": "asked for", "submitted": "asked for", "ending": "ending"}[task.state]
-    counted = ", ".join(f"{count} {what}" for what, count in run.counts.items() if count)
+    counted = ", ".join(f"{what}: {count}" for what, count in run.counts.items() if count)
     loss = last.get("validation/loss", last.get("loss"))
     step = f"{last['step']:,}" if "step" in last else ""
     return Row(run.name, state, where, step, f"{loss:.4f}" if isinstance(loss, float) else "", spent, counted, detail)
@@ -126,7 +126,7 @@ def known(journal: Journal, directory: Path) -> dict[str, RunState]:
     about = journal.about()
     finished = {name for name in about["runs"] if (directory / name / RESULT).exists()}
     patience = Patience(**about.get("patience", {}))
-    return states(about["runs"], journal.tasks(), finished, journal.cancelled(), patience)
+    return states(about["runs"], journal.tasks(), finished, journal.cancelled(), patience, about.get("version", ""))
 
 
 def command(options: argparse.Namespace) -> int:
@@ -151,7 +151,9 @@ def show(runs: Path, study: str | None, *, as_json: bool = False) -> int:
             spent = f"; {hours:.3g} chip-hours" if hours else ""
             counts = {state: sum(run.state == state for run in found.values()) for state in
                       sorted({run.state for run in found.values()})}  # fmt: skip
-            print(", ".join(f"{n} {state}" for state, n in counts.items()) + f"; {len(tasks)} tasks{spent}")
+            print(", ".join(f"{n} {state}" for state, n in counts.items()) + f"; tasks so far: {len(tasks)}{spent}")
+            if {"waiting", "assigned", "running"} & set(counts) and not journal.followed():
+                print("no process follows this sweep now: repeat its lab sweep command to go on")
     if as_json:
         print(json.dumps(told))
     return 0

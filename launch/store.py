@@ -14,7 +14,19 @@ from research.core.errors import UserError
 from research.core.files import write_atomically
 from research.train.places import absolute, is_remote, place
 
-__all__ = ["absolute", "create", "is_remote", "names", "passes", "place", "read", "read_json", "text", "write"]
+__all__ = [
+    "absolute",
+    "create",
+    "is_remote",
+    "names",
+    "of_a_bucket",
+    "passes",
+    "place",
+    "read",
+    "read_json",
+    "text",
+    "write",
+]
 
 
 def create(path: Path, content: str) -> bool:
@@ -70,10 +82,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return found
 
 
+def of_a_bucket(error: Exception) -> bool:
+    """Whether an error comes from what reads buckets."""
+    rooms = ("aiohttp", "gcsfs", "google", "requests", "urllib3")
+    return any(kind.__module__.split(".")[0] in rooms for kind in type(error).__mro__)
+
+
 def passes(error: Exception) -> bool:
     """Whether an error is the network's or the bucket's, and may pass by itself."""
-    rooms = ("aiohttp", "gcsfs", "google", "requests", "urllib3")
-    return isinstance(error, OSError | TimeoutError) or type(error).__module__.split(".")[0] in rooms
+    return isinstance(error, OSError | TimeoutError) or of_a_bucket(error)
 
 
 def names(folder: Path) -> list[str]:

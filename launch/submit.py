@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 from launch import bundle, collect, executors, status, store
 from launch.controller import Controller, Wanted, summary
 from launch.executor import Executor
-from launch.journal import SWEEP, Journal, Patience
+from launch.journal import LEASE, STALE, SWEEP, Journal, Patience
 from launch.local import Busy, locked
 from launch.plan import own_files
 from launch.study import Study
 from research.train.experiment import Experiment
 
 T = TypeVar("T")
-LEASE, STALE, RENEW = "submitter.json", 180.0, 45.0  # seconds
+RENEW, LEAVING = 45.0, 60.0  # seconds
 
 
 def sweep(study: Study, directory: Path, told: dict[str, Any], *, runs: Path, poll: float) -> int:
@@ -56,7 +56,7 @@ def controlled(
 ) -> Controller:
     return Controller(
         journal, sweep_id, executor, wanted(study, directory), told["parallel"], Patience(**told["patience"]), say,
-        told["budget"], explain=lambda run: collect.failure(directory / run) or "",
+        told["budget"], explain=lambda run: collect.failure(directory / run) or "", version=told["version"],
     )  # fmt: skip
 
 
@@ -107,8 +107,15 @@ def follow(controller: Controller, study: Study, directory: Path, poll: float) -
                 time.sleep(poll)
             patiently(journal, refresh)
         except KeyboardInterrupt:
-            live = [task for task in controller.journal.tasks() if task.live]
+            live = [task for task in journal.tasks() if task.live]
             say(controller.executor.interrupt(live) if live else "stopped")
+            controller.parallel = 0
+            until = time.monotonic() + LEAVING
+            while controller.executor.name == "local" and time.monotonic() < until:  # a second Ctrl-C does not wait
+                controller.step()
+                if not any(task.live for task in journal.tasks()):
+                    break
+                time.sleep(poll)
             raise
 
 
@@ -147,7 +154,14 @@ def only_submitter(journal: Journal) -> Iterator[None]:
     """Keeps a second submitting process away. Raises Busy while there is one. On a bucket, where nothing goes with
     a process that dies, its word holds for some minutes."""
     if not store.is_remote(journal.folder):
-        with locked(journal.folder):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(journal.folder))
+            except Busy:
+                raise Busy(
+                    f"Another process submits the sweep in {journal.folder.parent}: wait for it, or end it; lab status "
+                    "shows how far it is."
+                ) from None
             yield
         return
     me = {"host": socket.gethostname(), "process": os.getpid()}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from launch import host, store
 from launch.executor import Report, Unreachable
-from launch.journal import Journal, Task
+from launch.journal import AGAIN, Journal, Task
 
 EXIT, HELD, LOG, PID = "exit", "held", "log.txt", "pid"
 BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1"}  # of so many chips of a TPU host, as libtpu wants them
@@ -84,7 +84,8 @@ class Workers:
             code = int((folder / EXIT).read_text())
         except (OSError, ValueError):
             return Report("ended", "the worker left no exit status: it was killed", current=run)
-        return Report("ended", codes={run: code}, details={run: last_words(folder / LOG)} if code else {})
+        failed = code not in (0, *AGAIN)
+        return Report("ended", codes={run: code}, details={run: last_words(folder / LOG)} if failed else {})
 
     def cancel(self, task: Task) -> bool:
         self._check(task)
@@ -171,13 +172,16 @@ def pinned(index: int, count: int) -> dict[str, str]:
     return {}
 
 
+NOISE = ("JAX has removed its internal frames", "JAX_TRACEBACK_FILTERING", "The above exception was the direct cause")
+
+
 def last_words(log: Path, lines: int = 3) -> str:
     """The end of a run's output."""
     try:
         text = log.read_text(errors="replace")
     except OSError:
         return ""
-    kept = [line.strip() for line in text.splitlines() if line.strip(" ^~\t")]
+    kept = [line.strip() for line in text.splitlines() if line.strip(" ^~-\t") and not any(w in line for w in NOISE)]
     error = [line for line in kept if line.startswith("lab: error:")]
     return error[-1].removeprefix("lab: error: ") if error else " | ".join(kept[-lines:])
 

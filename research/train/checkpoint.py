@@ -77,7 +77,7 @@ def check_model(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
 
 
 class CheckpointUnwritten(CheckpointError, Passing):
-    """A checkpoint that could not be written now."""
+    """A checkpoint that a bucket did not take now."""
 
 
 class Checkpointer:
@@ -219,7 +219,7 @@ class Checkpointer:
             todo = "remove that folder to go on from an earlier checkpoint or from the start"
         else:
             todo = f"earlier ones are whole (steps {self.steps() or 'none'}): free some space and start again"
-        kind = CheckpointError if verb == "read" else CheckpointUnwritten
+        kind = CheckpointUnwritten if verb == "written" and self.remote else CheckpointError
         return kind(f"The checkpoint {which} could not be {verb} ({reason}); {todo}.")
 
 

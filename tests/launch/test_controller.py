@@ -183,6 +183,13 @@ def test_preemptions_and_failures_are_counted_apart_and_each_has_its_limit():
     assert after("untouched", "untouched").until == 0.0  # it waited for others: no fault, no backoff
 
 
+def test_what_failed_is_tried_again_once_the_code_has_changed():
+    tasks = [Task("t", 1, "x", ("a",), state="ended", ended=1.0, version="old", outcomes={"a": Ended("refused")})]
+    assert states(["a"], tasks, set(), set(), Patience(), "old")["a"].state == "failed"
+    assert states(["a"], tasks, set(), {"a"}, Patience(), "old")["a"].state == "failed"  # and not cancelled
+    assert states(["a"], tasks, set(), set(), Patience(), "new")["a"].state == "waiting"
+
+
 def test_what_is_ready_is_shared_out_evenly_and_what_failed_goes_alone():
     runs = [Wanted(name, flops, bool) for name, flops in zip("abcdef", (1, 1, 2, 4, 8, 16), strict=True)]
     assert [run.name for run in share(runs, set(), 2)] == list("abcde")

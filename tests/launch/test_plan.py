@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_told_the_least_change_and_that_it_was_compiled():
     assert estimate(crowded, where).peak > where.chip.hbm_bytes
     truth = Truth(crowded, where, 1.1)
     choice = Search(crowded, where, 1, truth).fitting()
-    assert "the mesh" not in choice.told and "(compiled)" in choice.told and truth.peak(choice.change) <= 95 * 2**30
+    assert "mesh." not in choice.told and "(compiled)" in choice.told and truth.peak(choice.change) <= 95 * 2**30
     assert "remat=" in choice.told or "accumulate=" in choice.told
 
 
