@@ -54,7 +54,7 @@ def test_everything_goes_wrong_and_every_run_is_done_once(undisturbed, tmp_path,
         {"do": "auth"},
     )
     done = lab(
-        cloud, runs, "sweep", STUDY, *ON, "--parallel", "2", "--host-timeout", "10", "--gcloud-timeout", "3",
+        cloud, runs, "sweep", STUDY, *ON, "--parallel", "2", "--host-timeout", "20", "--gcloud-timeout", "3",
         LAB_CACHE=str(cache_dir),
     )  # fmt: skip
     told = done.stderr + cloud.console()
