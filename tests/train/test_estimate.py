@@ -11,7 +11,7 @@ from research.core.sharding import MeshError, MeshSpec
 from research.train.estimate import estimate
 from tests import tiny
 
-# GiB at the peak, libtpu 0.0.42.1; 16% is the most that the estimate is off
+# GiB at the peak, libtpu 0.0.42.1; the estimate is 12% off at most
 COMPILED = {
     "llama2-7b-v5e-256": 2.27,
     "llama2-7b-v5p-128": 44.83,
