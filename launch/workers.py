@@ -63,14 +63,13 @@ class Workers:
             if lock is None or (folder / EXIT).exists():
                 return {}
             index = int(task.place.split()[1])
-            with (folder / LOG).open("ab") as log:
+            with (folder / LOG).open("ab") as log, pinning(index, self.count):
                 subprocess.Popen(
                     ["/bin/sh", "-c", WORKER, "sh", *self.command, "--only", run],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(lock,), start_new_session=True,
                     env=os.environ | pinned(index, self.count) | {
                         "LAB_EXIT": str(folder.absolute() / EXIT), "LAB_PID": str(folder.absolute() / PID),
                     },
-                    preexec_fn=lambda: pin(index, self.count),
                 )  # fmt: skip
         return {}
 
@@ -148,6 +147,19 @@ def pin(index: int, count: int) -> None:
     mine = cores()[index::count]
     if mine and len(cores()) >= count > 1:
         os.sched_setaffinity(0, mine)
+
+
+@contextlib.contextmanager
+def pinning(index: int, count: int) -> Iterator[None]:
+    """What is started within inherits a worker's cores: running code in a child that was forked may lock up where JAX
+    has threads."""
+    before = cores()
+    pin(index, count)
+    try:
+        yield
+    finally:
+        if before:
+            os.sched_setaffinity(0, before)
 
 
 def tpu_chips() -> list[Path]:
