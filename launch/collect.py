@@ -4,12 +4,15 @@
 from pathlib import Path
 from typing import Any
 
-from launch.local import FAILURE, is_locked
+from launch import host
+from launch.local import FAILURE
+from launch.locks import is_locked
 from launch.study import Study
 from research.scaling import cost
 from research.scaling.table import Run, Status, Table
 from research.train import loop, metrics
 from research.train.experiment import Experiment
+from research.train.places import is_remote
 
 
 def status(experiment: Experiment, directory: Path) -> tuple[Status, dict[str, Any]]:
@@ -25,7 +28,8 @@ def status(experiment: Experiment, directory: Path) -> tuple[Status, dict[str, A
         return failure.get("status", "failed"), {}
     if not (directory / metrics.FILE).exists():
         return "missing", {}
-    return ("running" if is_locked(directory) else "interrupted"), {}
+    here = host.mirrored(directory) if is_remote(directory) else directory
+    return ("running" if is_locked(here) else "interrupted"), {}
 
 
 def failure(directory: Path) -> str | None:

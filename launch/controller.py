@@ -53,9 +53,11 @@ class Controller:
             self._looked = True
         return self._done
 
-    def states(self) -> dict[str, RunState]:
+    def states(self, tasks: Sequence[Task] | None = None) -> dict[str, RunState]:
+        """What is known of each run; tasks: the journal's, where they have just been read."""
+        tasks = self.journal.tasks() if tasks is None else tasks
         names = [run.name for run in self.runs]
-        return states(names, self.journal.tasks(), self._done, self.journal.cancelled(), self.patience, self.version)
+        return states(names, tasks, self.finished(), self.journal.cancelled(), self.patience, self.version)
 
     def step(self) -> bool:
         """One round: what became of the live tasks, then new ones. False when there is nothing left to wait for."""
@@ -73,10 +75,10 @@ class Controller:
                 raise Stop(f"{unreached}: {unreached.mend}, then repeat the command; what runs goes on meanwhile.")
         if unreached is None or not unreached.mend:  # one task's trouble keeps no other from beginning
             self._begin()
-        left = self.states().values()
-        return any(task.live for task in self.journal.tasks()) or (
-            any(run.state == "waiting" for run in left) and not self._spent()
-        )
+        tasks = self.journal.tasks()
+        if any(task.live for task in tasks):
+            return True
+        return any(run.state == "waiting" for run in self.states(tasks).values()) and not self._spent(tasks)
 
     # --- tasks that there are ----------------------------------------------------------------------
 
@@ -166,7 +168,7 @@ class Controller:
     def _begin(self) -> None:
         while True:
             tasks = self.journal.tasks()
-            if self._spent() or (chosen := self._next(tasks)) is None:
+            if self._spent(tasks) or (chosen := self._next(tasks)) is None:
                 return
             task = self.journal.intend(self.sweep, tasks, **chosen)
             if task is None:  # another process took that number: look again
@@ -181,8 +183,7 @@ class Controller:
     def _next(self, tasks: Sequence[Task]) -> dict[str, Any] | None:
         """What the next task is to be, after these; None where it is not its time."""
         live, now = sum(task.live for task in tasks), time.time()
-        names = [run.name for run in self.runs]
-        known = states(names, tasks, self.finished(), self.journal.cancelled(), self.patience, self.version)
+        known = self.states(tasks)
         ready = [run for run in self.runs if known[run.name].state == "waiting" and known[run.name].until <= now]
         if not ready or live >= self.parallel:
             return None
@@ -205,10 +206,10 @@ class Controller:
             tasks.append(Task(name=f"lab-{self.sweep}-{number}", number=number, **chosen))
         return tasks[known:]
 
-    def _spent(self) -> bool:
+    def _spent(self, tasks: Sequence[Task]) -> bool:
         if self.budget is None:
             return False
-        used = sum(task.chip_hours for task in self.journal.tasks())
+        used = sum(task.chip_hours for task in tasks)
         if used >= self.budget:
             self._tell(f"the budget of {self.budget:g} chip-hours is used ({used:.3g}): nothing more is submitted")
         return used >= self.budget

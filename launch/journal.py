@@ -7,7 +7,6 @@ moment a submitting process dies at, another one reads the same and goes on. Wha
 records of its tasks and from its results.
 """
 
-import fcntl
 import json
 import secrets
 import time
@@ -17,10 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch import store
+from launch.locks import is_locked
 from research.core.errors import UserError
 
 FOLDER = ".sweep"
-LOCK, LEASE, STALE = ".lock", "submitter.json", 180.0  # of the process that submits; seconds that its word holds
+LEASE, STALE = "submitter.json", 180.0  # of the process that submits; seconds that its word holds
 SWEEP, CANCEL, TASKS, TASK = "sweep.json", "cancel.json", "tasks", "task.json"
 
 State = Literal["intended", "submitted", "active", "ending", "ended"]
@@ -175,14 +175,7 @@ class Journal:
         if store.is_remote(self.folder):
             lease = store.read_json(self.folder / LEASE)
             return lease is not None and time.time() - lease["time"] < STALE
-        try:
-            with (self.folder / LOCK).open() as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-        return False
+        return is_locked(self.folder)
 
     # --- tasks -------------------------------------------------------------------------------------
 

@@ -2,9 +2,7 @@
 """Runs experiments on this machine, one at a time, in this process."""
 
 import contextlib
-import fcntl
 import functools
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,14 @@ from typing import Any
 import jax
 
 from launch import host
-from research.core.types import UserError
+from launch.locks import locked
 from research.train import checkpoint, hosts, loop, progress, watchdog
 from research.train.experiment import Experiment
 from research.train.mirror import Mirror
 from research.train.monitor import Diverged
 from research.train.places import is_remote
 
-FAILURE, LOCK = "failure.json", ".lock"
+FAILURE = "failure.json"
 
 
 def use_compilation_cache(folder: Path) -> None:
@@ -29,10 +27,6 @@ def use_compilation_cache(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-class Busy(UserError):
-    """Another process is at it."""
-
-
 def run(
     experiment: Experiment, directory: Path, *, profile: bool = False, stall_minutes: float = watchdog.MINUTES
 ) -> dict[str, Any]:
@@ -40,6 +34,7 @@ def run(
     folder = host.cache_dir()
     use_compilation_cache(folder)
     options = loop.Options(cache_dir=folder, progress=progress.choose(), profile=profile, stall_minutes=stall_minutes)
+    mirror: Mirror | None = None
     with contextlib.ExitStack() as stack:
         if is_remote(directory):
             mirror = Mirror(directory, host.mirrored(directory))
@@ -47,12 +42,12 @@ def run(
                 checkpoint.Checkpointer, folder=directory / checkpoint.FOLDER, before_saving=mirror.send_first
             ))  # fmt: skip
             directory = mirror.local
-            hosts.from_first(mirror.fetch)
-            if hosts.first():
-                stack.enter_context(mirror.kept())
 
         def begin() -> None:
             stack.enter_context(locked(directory))
+            if mirror is not None:
+                mirror.fetch()
+                stack.enter_context(mirror.kept())
             (directory / FAILURE).unlink(missing_ok=True)
 
         hosts.from_first(begin)
@@ -66,29 +61,3 @@ def run(
                 record = {"status": status, "hash": experiment.hash, "message": str(error)}
                 loop.write_json(directory / FAILURE, record)
             raise
-
-
-def is_locked(directory: Path) -> bool:
-    """Whether a process is running it now, as far as this machine can tell."""
-    if is_remote(directory):
-        directory = host.mirrored(directory)
-    try:
-        with (directory / LOCK).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
-
-
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Keeps a second process away from a run. The lock goes with the process, however it ends."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"Another process is running {directory}: wait for it, or end it.") from None
-        yield

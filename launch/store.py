@@ -10,8 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from research.core.errors import UserError
-from research.core.files import write_atomically
+from research.core import files
 from research.train.places import absolute, is_remote, place
 
 __all__ = [
@@ -57,7 +56,7 @@ def text(record: Any) -> str:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    write_atomically(path, content)
+    files.write_atomically(path, content)
 
 
 def read(path: Path) -> str | None:
@@ -70,16 +69,7 @@ def read(path: Path) -> str | None:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """None where there is no such file. Raises UserError for one that is damaged."""
-    text = read(path)
-    if text is None:
-        return None
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it must be JSON; remove it, or put an older copy there.")
-    return found
+    return files.read_json(path, mend="put an older copy there, or remove it if nothing of it runs")
 
 
 def of_a_bucket(error: Exception) -> bool:

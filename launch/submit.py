@@ -14,7 +14,7 @@ from launch import bundle, collect, executors, status, store
 from launch.controller import Controller, Wanted, summary
 from launch.executor import Executor
 from launch.journal import LEASE, STALE, SWEEP, Journal, Patience
-from launch.local import Busy, locked
+from launch.locks import Busy, locked
 from launch.plan import own_files
 from launch.study import Study
 from research.train.experiment import Experiment

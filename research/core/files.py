@@ -29,16 +29,18 @@ def write_atomically(path: Path | str, content: str | bytes) -> None:
         raise
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is no file. Raises UserError where it is damaged."""
-    if not path.exists():
-        return None
+def read_json(
+    path: Path, *, mend: str = "remove it, and the run goes on from its last checkpoint"
+) -> dict[str, Any] | None:
+    """A JSON object; None where there is no file. Raises UserError where it is damaged; mend: what to do then."""
     try:
         record = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except ValueError:
         record = None
     if not isinstance(record, dict):
-        raise UserError(f"{path} is damaged: remove it, and the run goes on from its last checkpoint.")
+        raise UserError(f"{path} is damaged: {mend}.")
     return record
 
 

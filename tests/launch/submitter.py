@@ -12,7 +12,7 @@ from launch import bundle, store
 from launch.controller import Controller, Wanted, summary
 from launch.gcloud import Gcloud
 from launch.journal import Journal, Patience
-from launch.local import Busy, locked
+from launch.locks import Busy, locked
 from launch.tpu_vm import Settings, TpuVm
 from launch.workers import Workers
 from research.core.chips import slice_of

@@ -192,10 +192,10 @@ def test_a_diverged_run_is_marked_and_does_not_stop_the_sweep(lab):
 
 
 def test_two_processes_do_not_run_one_experiment(lab, tmp_path):
-    from launch import local
+    from launch.locks import locked
 
     folder = tmp_path / "runs" / "tiny_study" / "tiny"
-    with local.locked(folder):
+    with locked(folder):
         (folder / "metrics.jsonl").touch()
         code, _, err = lab("run", STUDY, "--only", "tiny")
         assert "running" in lab("list", STUDY)[1]
