@@ -100,13 +100,14 @@ def _from_study(planned: Sequence[Planned], like: Like) -> str:
         calls.append(
             f'"{run.name}": planned(\n    "{run.name}", like={quoted(like.nearest(cost.params(m).total))}, '
             f"flops={run.flops:.6g}, seed={seeds[run.name]},\n"
-            f"    d_model={m.d_model}, num_layers={m.num_layers}, num_heads={m.attention.num_heads}, "
-            f"num_kv_heads={m.attention.num_kv_heads}, d_ff={run.mlp.d_ff},\n),"
+            f"    d_model={m.d_model}, num_layers={m.num_layers}, num_heads={m.attentions[0].num_heads}, "
+            f"num_kv_heads={m.attentions[0].num_kv_heads}, d_ff={run.mlp.d_ff},\n),"
         )
     return f"""from dataclasses import replace
 from pathlib import Path
 
 from launch.study import load_module
+from research.scaling.ladder import with_heads
 from research.train.experiment import Experiment, Flops
 
 STUDY = load_module(Path({where}))  # the study these runs go on from; its settings hold but for model and length
@@ -118,7 +119,7 @@ def planned(
     num_kv_heads: int | None, d_ff: int,
 ) -> Experiment:
     base = STUDY.{function or "sweep"}()[like]
-    attention = replace(base.model.attention, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=None)
+    attention = with_heads(base.model.attention, num_heads=num_heads, num_kv_heads=num_kv_heads)
     mlp = replace(base.model.mlp, d_ff=d_ff)
     model = replace(base.model, d_model=d_model, num_layers=num_layers, attention=attention, mlp=mlp)
     return ADJUST(replace(base, name=name, model=model, length=Flops(flops), seed=base.seed + seed))

@@ -92,7 +92,7 @@ class Search:
         some, stages as the experiment has them."""
         model = self.experiment.model
         widest = {
-            "tensor": min(16, model.attention.kv_heads),
+            "tensor": min(16, *(attention.kv_heads for attention in model.attentions)),
             "context": 64 if self.experiment.source.sequence_length >= LONG else 1,
             "expert": max((moe.num_experts for moe in model.moes().values()), default=1),
         }

@@ -35,6 +35,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "embed": ("fsdp", "expert", "context", "stage"),
     "head_dim": (),
     "router": (),
+    "latent": (),
     "position": (),
     "norm": (),
     # activations

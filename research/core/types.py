@@ -56,12 +56,14 @@ class Loss(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a model's forward pass returns: final hidden states, the cache after them, auxiliary losses, stats."""
+    """What a model's forward pass returns: final hidden states, the cache after them, auxiliary losses, stats, and for
+    each token further ahead that it predicts, hidden states for its head."""
 
     hidden: Array
     cache: Any
     aux: Mapping[str, Term]
     stats: Any
+    ahead: tuple[Array, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,30 +8,59 @@ block of a ring: their results for different keys merge by the logarithms.
 
 import functools
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from research.core.types import Array
-from research.models.visibility import MASKED, Places, Visibility, mask_BTS
+from research.models.visibility import MASKED, Places, Visibility, capped, mask_BTS
 
 CHUNK = 512
 
 
 def chunked_attention(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, places: Places, visibility: Visibility, *, aligned: bool = False
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    places: Places,
+    visibility: Visibility,
+    *,
+    aligned: bool = False,
+    cap: float = 0.0,
 ) -> Array:
     """q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H]; a query that sees nothing gives zeros. q comes scaled.
 
     aligned: slot t of queries and keys is the same token and a causal query sees no later slot, so that chunks of
-    later keys are left out.
+    later keys are left out. cap: of the scores (``visibility.capped``).
     """
-    return _attention(visibility, aligned, q_BTNH, k_BSKH, v_BSKH, places)
+    return _attention(visibility, aligned, cap, q_BTNH, k_BSKH, v_BSKH, places)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a ring (``ring_attention.Block``), with a cap of the scores."""
+
+    cap: float = 0.0
+
+    def forward(self, visibility: Visibility, aligned: bool, *inputs: Any) -> tuple[Array, Array]:
+        return forward(visibility, aligned, *inputs, cap=self.cap)
+
+    def backward(self, visibility: Visibility, aligned: bool, *inputs: Any) -> tuple[Array, Array, Array]:
+        return backward(visibility, aligned, *inputs, cap=self.cap)
 
 
 def forward(
-    visibility: Visibility, aligned: bool, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, places: Places
+    visibility: Visibility,
+    aligned: bool,
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    places: Places,
+    *,
+    cap: float = 0.0,
 ) -> tuple[Array, Array]:
     """The output [B, T, N, H] in q's dtype, and the log of the sum of exponentials [B, T, N] in float32."""
     shapes = q_BTNH.shape, k_BSKH.shape
@@ -44,7 +73,8 @@ def forward(
 
         def keys(column: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, out = carry
-            scores, mask = _scores(visibility, q_part, _take(k, column, size), _part(places, row, column, size))
+            part = _part(places, row, column, size)
+            scores, mask = _scores(visibility, q_part, _take(k, column, size), part, cap)
             new_top = jnp.maximum(top, jnp.max(jnp.where(mask, scores, MASKED), axis=-1))
             weights = jnp.where(mask, jnp.exp(scores - new_top[..., None]), 0.0)
             scale = jnp.exp(top - new_top)
@@ -72,6 +102,8 @@ def backward(
     out_BTNH: Array,
     log_sum_BTN: Array,
     d_out_BTNH: Array,
+    *,
+    cap: float = 0.0,
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v in float32, for an output and a log sum that may be over more keys than these."""
     q_shape, k_shape = inputs[0].shape, inputs[1].shape
@@ -88,10 +120,13 @@ def backward(
         def queries(row: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             d_q, d_k, d_v = carry
             q_part, d_part = _take(q, row, size), _take(d_out, row, size)
-            scores, mask = _scores(visibility, q_part, k_part, _part(places, row, column, size))
+            scores, mask = _scores(visibility, q_part, k_part, _part(places, row, column, size), cap)
             weights = jnp.where(mask, jnp.exp(scores - by_row(log_sum, row)), 0.0)
             d_weights = _product("BTKGH,BSKH->BKGTS", d_part, v_part)
-            d_scores = (weights * (d_weights - by_row(inner, row))).astype(q.dtype)
+            d_scores = weights * (d_weights - by_row(inner, row))
+            if cap:  # d tanh = 1 - tanh^2
+                d_scores = d_scores * (1 - jnp.square(scores / cap))
+            d_scores = d_scores.astype(q.dtype)
             d_v += _product("BKGTS,BTKGH->BSKH", weights.astype(v.dtype), d_part)
             d_k += _product("BKGTS,BTKGH->BSKH", d_scores, q_part)
             more = _take(d_q, row, size) + _product("BKGTS,BSKH->BTKGH", d_scores, k_part)
@@ -125,7 +160,8 @@ class _Spans:
 def _spans(visibility: Visibility, aligned: bool, q: Array, k: Array) -> tuple[_Spans, int]:
     size = _size(q.shape[1], k.shape[1])
     causal = aligned and visibility.kind == "causal"
-    back = math.ceil((visibility.window - 1) / size) if causal and visibility.window else None
+    windowed = causal and visibility.window and not visibility.first_tokens
+    back = math.ceil((visibility.window - 1) / size) if windowed else None
     return _Spans(q.shape[1] // size, k.shape[1] // size, causal, back), size
 
 
@@ -158,29 +194,30 @@ def _part(places: Places, row: Array, column: Array, size: int) -> Places:
     return Places(*(_take(x, index, size) for x, index in zip(places, (row, column, row, column), strict=True)))
 
 
-def _scores(visibility: Visibility, q: Array, k: Array, places: Places) -> tuple[Array, Array]:
+def _scores(visibility: Visibility, q: Array, k: Array, places: Places, cap: float) -> tuple[Array, Array]:
     """[B, K, G, T, S] float32 and what of it is seen."""
-    return _product("BTKGH,BSKH->BKGTS", q, k), mask_BTS(visibility, places)[:, None, None]
+    scores = _product("BTKGH,BSKH->BKGTS", q, k)
+    return capped(scores, cap) if cap else scores, mask_BTS(visibility, places)[:, None, None]
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(visibility: Visibility, aligned: bool, q: Array, k: Array, v: Array, places: Places) -> Array:
-    return forward(visibility, aligned, q, k, v, places)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(visibility: Visibility, aligned: bool, cap: float, q: Array, k: Array, v: Array, at: Places) -> Array:
+    return forward(visibility, aligned, q, k, v, at, cap=cap)[0]
 
 
 def _forward(
-    visibility: Visibility, aligned: bool, q: Array, k: Array, v: Array, places: Places
+    visibility: Visibility, aligned: bool, cap: float, q: Array, k: Array, v: Array, at: Places
 ) -> tuple[Array, tuple]:
-    out, log_sum = forward(visibility, aligned, q, k, v, places)
-    return out, ((q, k, v, places), out, log_sum)
+    out, log_sum = forward(visibility, aligned, q, k, v, at, cap=cap)
+    return out, ((q, k, v, at), out, log_sum)
 
 
-def _backward(visibility: Visibility, aligned: bool, saved: tuple, d_out: Array) -> tuple:
+def _backward(visibility: Visibility, aligned: bool, cap: float, saved: tuple, d_out: Array) -> tuple:
     inputs, out, log_sum = saved
-    gradients = backward(visibility, aligned, inputs, out, log_sum, d_out)
+    gradients = backward(visibility, aligned, inputs, out, log_sum, d_out, cap=cap)
     return *(d.astype(x.dtype) for d, x in zip(gradients, inputs[:3], strict=True)), None
 
 

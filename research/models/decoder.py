@@ -2,8 +2,9 @@
 """The decoder-only transformer: a frozen description, and the Flax module that it builds."""
 
 import functools
+import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,37 +15,65 @@ from research.core.tree import at, put
 from research.core.types import Array, Batch, Metrics, Output, Params, Precision, UserError
 from research.models import cache as caches
 from research.models import moe, ring_attention
-from research.models.attention import Attention
+from research.models.ahead import ahead, shifted
+from research.models.attention import RelativeTable
 from research.models.bound import Bound
+from research.models.cache import Cache, CacheSpec
+from research.models.latent_attention import LatentAttention
 from research.models.layers import Build, Embedding, Linear, Norm, WeightInit
 from research.models.mlp import Mlp
 from research.models.moe import Moe
 from research.models.pipeline import Pipeline, pipelined
-from research.models.positions import Learned, Position, Rotary, Sinusoidal, rotary_tables, sinusoids
-from research.models.stack import Remat, block_name, one_of, stack, stage_policy
+from research.models.positions import (
+    Learned,
+    Position,
+    RelativeBias,
+    Rotary,
+    Sinusoidal,
+    TransformerXL,
+    rotary_tables,
+    sinusoids,
+)
+from research.models.stack import AttentionKind, Kind, Remat, Wiring, by_block, one_of, stack, stage_policy
 from research.models.tokens import Tokens
+from research.models.visibility import capped
+
+
+class Stack(NamedTuple):
+    """Layers that repeat: their kinds, how often, and the number of the first of them."""
+
+    kinds: tuple[Kind, ...]
+    repeats: int
+    start: int
 
 
 @dataclass(frozen=True)
 class Decoder:
     """A decoder (Vaswani et al. 2017, pre-norm): token embedding, blocks, final norm, head.
 
+    attention: that of every layer, or a tuple that repeats over the layers (local and global ones in turn).
     mlp: the feed-forward of every layer, dense or of experts; or a tuple that repeats over the layers: ``(Mlp(...),
-        Moe(...))`` gives every second layer experts.
+        Moe(...))`` gives every second layer experts. Where the layers are no whole number of repetitions, the last are
+        the beginning of one.
     first: feed-forwards of the first layers, all alike, before those of ``mlp``: ``(Mlp(...),) * 3`` is "dense first
         three layers" (DeepSeek-V3).
-    head: "tied" reads logits off the embedding table, "untied" has a matrix of its own.
+    head: "tied" reads logits off the embedding table, "untied" has a matrix of its own, and with head_bias a bias.
     layers: "scanned" compiles one block whatever the depth; "unrolled" compiles each, for speed or for
         counting. The parameters are the same.
     remat: what the backward pass recomputes: none of it, all of it ("full"), all but matrix products
         ("save_matmuls"), or all but products with weights ("save_weight_matmuls").
-    pipeline: microbatches and rounds of pipeline stages, where the mesh has stages; the first layers stay outside.
+    pipeline: microbatches and rounds of pipeline stages, where the mesh has stages; the first layers stay outside, and
+        so do the last ones that are no whole repetition.
+    residual, norms: how blocks are put together (``research.models.stack.Wiring``).
+    embedding_scale: what embeddings are multiplied by (Gemma: sqrt(d_model)). logit_scale: likewise logits, which then
+        become logit_cap tanh(logit / logit_cap) where there is a cap (Gemma 2).
+    ahead: how many tokens further than the next are predicted in training (``research.models.ahead``).
     """
 
     vocab_size: int
     d_model: int
     num_layers: int
-    attention: Attention
+    attention: AttentionKind | tuple[AttentionKind, ...]
     mlp: Mlp | Moe | tuple[Mlp | Moe, ...]
     norm: Norm = field(default_factory=Norm)
     position: Position = field(default_factory=Rotary)
@@ -54,6 +83,13 @@ class Decoder:
     first: tuple[Mlp | Moe, ...] = ()
     weight_init: WeightInit = field(default_factory=WeightInit)
     pipeline: Pipeline = field(default_factory=Pipeline)
+    residual: Literal["sequential", "parallel", "parallel_shared"] = "sequential"
+    norms: Literal["pre", "sandwich"] = "pre"
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float = 0.0
+    head_bias: bool = False
+    ahead: int = 0
 
     def __post_init__(self) -> None:
         for name, given in (("mlp", self.mlp if isinstance(self.mlp, tuple) else (self.mlp,)), ("first", self.first)):
@@ -62,33 +98,78 @@ class Decoder:
                     f"model.{name} is {getattr(self, name)!r}: give a tuple of Mlp(...) and Moe(...)"
                     f"{', or one of them' if name == 'mlp' else ', such as (Mlp(...),) * 3'}."
                 )
-        if self.mlp == ():
-            raise UserError("model.mlp is empty: give the feed-forward that the layers repeat.")
+        if not all(isinstance(part, AttentionKind) for part in self.attentions):
+            raise UserError(
+                f"model.attention is {self.attention!r}: give Attention(...), LatentAttention(...) or a tuple of them."
+            )
+        for name in ("mlp", "attention"):
+            if getattr(self, name) == ():
+                raise UserError(f"model.{name} is empty: give what the layers repeat.")
         if self.num_layers and len(self.first) >= self.num_layers:
             raise UserError(f"model.first has {len(self.first)} layers of {self.num_layers}: leave some for model.mlp.")
+        if self.first and len(self.attentions) > 1:
+            raise UserError(
+                "model.first goes with one kind of attention: give model.attention one, or no first layers."
+            )
 
     @property
-    def period(self) -> tuple[Mlp | Moe, ...]:
-        """The feed-forwards that repeat after the first layers."""
-        return self.mlp if isinstance(self.mlp, tuple) else (self.mlp,)
+    def attentions(self) -> tuple[AttentionKind, ...]:
+        """Those that repeat."""
+        return self.attention if isinstance(self.attention, tuple) else (self.attention,)
+
+    @property
+    def period(self) -> tuple[Kind, ...]:
+        """The kinds of layers that repeat after the first ones."""
+        mlps = self.mlp if isinstance(self.mlp, tuple) else (self.mlp,)
+        count = math.lcm(len(self.attentions), len(mlps))
+        return tuple((self.attentions[i % len(self.attentions)], mlps[i % len(mlps)]) for i in range(count))
 
     @property
     def repeats(self) -> int:
         return (self.num_layers - len(self.first)) // len(self.period)
 
     @property
+    def stacks(self) -> dict[str, Stack]:
+        """The layers, by name among the parameters."""
+        start = len(self.first)
+        end = start + self.repeats * len(self.period)
+        found = {
+            "first": Stack(((self.attentions[0], self.first[0]),) if self.first else (), start, 0),
+            "layers": Stack(self.period, self.repeats, start),
+            "last": Stack(self.period[: self.num_layers - end], 1, end),
+        }
+        return {name: part for name, part in found.items() if part.kinds and part.repeats}
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """That of each layer."""
+        return tuple(kind for part in self.stacks.values() for kind in part.kinds * part.repeats)
+
+    @property
     def feed_forwards(self) -> tuple[Mlp | Moe, ...]:
         """That of each layer."""
-        return self.first + self.period * self.repeats
+        return tuple(mlp for _, mlp in self.kinds)
+
+    @property
+    def wiring(self) -> Wiring:
+        return Wiring(self.norm, self.residual, self.norms)
+
+    @property
+    def rotaries(self) -> tuple[tuple[Rotary, int], ...]:
+        """The kinds of rotary positions in use, with the width of the heads that they turn."""
+        found = [(a.position or self.position, a.turned(self.d_model)) for a in self.attentions]
+        return tuple(dict.fromkeys((p, width) for p, width in found if isinstance(p, Rotary)))
 
     def moes(self) -> dict[tuple[str, ...], Moe]:
         """The expert layers by their place among parameters, buffers and statistics."""
-        found: dict[tuple[str, ...], Moe] = {}
-        if self.first and isinstance(self.first[0], Moe):
-            found["first",] = self.first[0]
-        for place, mlp in enumerate(self.period):
-            if isinstance(mlp, Moe):
-                found[("layers",) if len(self.period) == 1 else ("layers", block_name(place))] = mlp
+        found = {
+            (name, *path): mlp
+            for name, part in self.stacks.items()
+            for path, (_, mlp) in by_block(part.kinds).items()
+            if isinstance(mlp, Moe)
+        }
+        if self.ahead and isinstance(self.period[-1][1], Moe):
+            found["ahead", "block"] = self.period[-1][1]
         return found
 
     def check(self, *, sequence_length: int, vocab_size: int) -> None:
@@ -97,33 +178,46 @@ class Decoder:
             ("vocab_size", self.vocab_size),
             ("d_model", self.d_model),
             ("num_layers", self.num_layers),
-            ("num_heads", self.attention.num_heads),
-            *(("d_ff", mlp.d_ff) for mlp in self.first + self.period),
+            *(("num_heads", attention.num_heads) for attention in self.attentions),
+            *(("d_ff", mlp.d_ff) for _, mlp in self.period),
+            *(("d_ff", mlp.d_ff) for mlp in self.first),
         ):
             if size < 1:
                 raise UserError(f"The model's {name} is {size}: it must be at least 1.")
+        if self.ahead < 0 or not (self.logit_cap >= 0 and self.embedding_scale > 0 and self.logit_scale > 0):
+            raise UserError(
+                "model.ahead and logit_cap must be at least 0, embedding_scale and logit_scale above 0; given "
+                f"{self.ahead}, {self.logit_cap}, {self.embedding_scale} and {self.logit_scale}."
+            )
         if len(set(self.first)) > 1:
             raise UserError("The feed-forwards of model.first must be alike.")
-        if len(self.feed_forwards) != self.num_layers:
+        if self.head_bias and self.head == "tied":
+            raise UserError("A tied head has no bias: set model.head to untied, or head_bias to false.")
+        self._check_positions(sequence_length)
+        if vocab_size > self.vocab_size:
             raise UserError(
-                f"{self.num_layers} layers are not {len(self.first)} first ones and whole repetitions of "
-                f"{len(self.period)}: choose num_layers accordingly."
+                f"The tokenizer has {vocab_size} tokens and the model's vocab_size is {self.vocab_size}: "
+                f"set model.vocab_size to {vocab_size} or more."
             )
-        width = self.attention.width(self.d_model)
-        if isinstance(self.position, Rotary) and width % 2:
-            raise UserError(f"Rotary positions need an even head width; d_model and num_heads give {width}.")
-        if isinstance(self.position, Sinusoidal) and self.d_model % 2:
+
+    def _check_positions(self, sequence_length: int) -> None:
+        for attention in self.attentions:
+            position, width = attention.position or self.position, attention.width(self.d_model)
+            if attention.position is not None and isinstance(position, Learned | Sinusoidal):
+                raise UserError("attention.position cannot be learned or sinusoidal, which are added to embeddings.")
+            if isinstance(position, Rotary) and position.width(attention.turned(self.d_model)) % 2:
+                raise UserError(f"Rotary positions need an even head width; d_model and num_heads give {width}.")
+            if isinstance(attention, LatentAttention) and not isinstance(position, Rotary):
+                raise UserError(f"Latent attention needs rotary positions; given {position!r}.")
+        if isinstance(self.position, Sinusoidal | TransformerXL) and self.d_model % 2:
             raise UserError(f"Sinusoidal positions need an even d_model; given {self.d_model}.")
+        if isinstance(self.position, RelativeBias) and len({a.num_heads for a in self.attentions}) > 1:
+            raise UserError("One table of relative biases needs layers with equally many heads: set per_layer.")
         if isinstance(self.position, Learned) and sequence_length > self.position.max_length:
             raise UserError(
                 f"A sequence of {sequence_length} tokens is longer than the model's table of "
                 f"{self.position.max_length} positions: raise model.position.max_length or shorten "
                 "source.sequence_length."
-            )
-        if vocab_size > self.vocab_size:
-            raise UserError(
-                f"The tokenizer has {vocab_size} tokens and the model's vocab_size is {self.vocab_size}: "
-                f"set model.vocab_size to {vocab_size} or more."
             )
 
     def build(self, precision: Precision, *, platform: str = "cpu") -> nn.Module:
@@ -177,15 +271,33 @@ class Decoder:
     def bind(self, params: Params, buffers: Params, precision: Precision, *, platform: str = "cpu") -> Bound:
         return Bound(params, buffers, self.build(precision, platform=platform))
 
-    def empty_cache(self, *, batch: int, slots: int, precision: Precision) -> caches.Cache:
-        return caches.empty(
-            num_layers=self.num_layers,
-            batch=batch,
-            slots=slots,
-            num_kv_heads=self.attention.kv_heads,
-            head_dim=self.attention.width(self.d_model),
-            dtype=precision.compute,
-        )
+    def empty_cache(
+        self,
+        *,
+        batch: int,
+        slots: int,
+        precision: Precision,
+        spec: CacheSpec = CacheSpec(),  # noqa: B008
+    ) -> Cache:
+        """For ``batch`` rows of at most ``slots`` tokens."""
+        layers: dict[str, Any] = {}
+        for name, part in self.stacks.items():
+            made = {}
+            for path, (attention, _) in by_block(part.kinds).items():
+                heads, widths = attention.stored(self.d_model)
+                made[path] = caches.empty(
+                    spec,
+                    layers=part.repeats,
+                    batch=batch,
+                    slots=slots,
+                    heads=heads,
+                    widths=widths,
+                    window=attention.window,
+                    first_tokens=attention.first_tokens,
+                    compute=precision.compute,
+                )
+            layers[name] = made[()] if () in made else {path[0]: cache for path, cache in made.items()}
+        return Cache(layers, constrain(jnp.zeros((batch,), jnp.int32), "batch"))
 
 
 @functools.lru_cache(maxsize=64)
@@ -212,70 +324,99 @@ class _Decoder(nn.Module):
         if isinstance(c.position, Learned):
             axes = ("position", "embed")
             self.position = Embedding(c.position.max_length, c.d_model, axes, init, self.precision)
-        keep = c.remat != "full"
-        self.parts = Build(c.d_model, c.num_layers, c.weight_init, self.precision, self.platform, keep=keep)
-        parts = dict(attention=c.attention, norm=c.norm, build=self.parts, layers=c.layers, remat=c.remat)
-        if c.first:
-            self.first = stack(mlps=c.first[:1], repeats=len(c.first), **parts)
-        self.layers = stack(mlps=c.period, repeats=c.repeats, **parts)
+        elif isinstance(c.position, RelativeBias) and not c.position.per_layer:
+            self.relative = RelativeTable(c.position, c.attentions[0].num_heads, self.precision)
+        self.parts = Build(
+            c.d_model,
+            c.num_layers,
+            c.weight_init,
+            self.precision,
+            self.platform,
+            keep=c.remat != "full",
+            position=c.position,
+            rotaries=c.rotaries,
+        )
+        how = dict(wiring=c.wiring, build=self.parts, layers=c.layers, remat=c.remat)
+        for name, part in c.stacks.items():
+            setattr(self, name, stack(kinds=part.kinds, repeats=part.repeats, **how))
+        if c.ahead:
+            self.ahead = ahead(c.period[-1], c.wiring, self.parts, c.ahead)
         self.final_norm = c.norm.build(c.d_model, self.precision)
         if c.head == "untied":
             matrix = c.weight_init.matrix(c.d_model)
             precision = Precision(params=self.precision.params, compute=self.precision.logits)
             self.unembedding = Linear(
-                (c.d_model,), (c.vocab_size,), ("embed", "vocab"), matrix, precision, self.platform
+                (c.d_model,),
+                (c.vocab_size,),
+                ("embed", "vocab"),
+                matrix,
+                precision,
+                self.platform,
+                bias=c.head_bias,
             )
 
-    def forward(self, batch: Batch, cache: caches.Cache | None = None, key: Array | None = None) -> Output:
+    def forward(self, batch: Batch, cache: Cache | None = None, key: Array | None = None) -> Output:
         c, ring = self.config, cache is None and ring_attention.applies(batch["tokens"].shape[1])
         places = [batch[name] for name in ("tokens", "positions", "segment_ids")]
         ids_BT, positions_BT, segments_BT = (ring_attention.balance(x) for x in places) if ring else places
-        x_BTD = self.embedding(ids_BT)
+        x_BTD = self._embedded(ids_BT)
         if isinstance(c.position, Learned):
             x_BTD = x_BTD + self.position(positions_BT)
         elif isinstance(c.position, Sinusoidal):
-            x_BTD = x_BTD + sinusoids(c.position, positions_BT, c.d_model).astype(x_BTD.dtype)
+            x_BTD = x_BTD + sinusoids(positions_BT, c.d_model, c.position.max_period).astype(x_BTD.dtype)
         x_BTD = constrain(x_BTD, "batch", "residual_sequence", "act_embed")
-        rotary = None
-        if isinstance(c.position, Rotary):
-            rotary = rotary_tables(c.position, positions_BT, c.attention.width(c.d_model))
-        length = cache.length if cache is not None else None
-        rows_B = jnp.arange(ids_BT.shape[0])
-        tokens = Tokens(ids_BT, positions_BT, segments_BT, rotary, length, key, rows_B)
+        tokens = Tokens(
+            ids_BT,
+            positions_BT,
+            segments_BT,
+            rotary=tuple(rotary_tables(position, positions_BT, width) for position, width in c.rotaries),
+            relative=self.relative() if hasattr(self, "relative") else None,
+            length=cache.length if cache is not None else None,
+            key=key,
+            rows=jnp.arange(ids_BT.shape[0]),
+        )
         x_BTD, layers, stats = self._blocks(x_BTD, cache.layers if cache is not None else None, tokens)
+        hidden_BTD, further = self.final_norm(x_BTD), ()
+        if c.ahead and cache is None:
+            further, stats["ahead"] = self._ahead(hidden_BTD, batch["tokens"], tokens, ring=ring)
         if cache is not None:
-            cache = caches.Cache(layers, cache.length + positions_BT.shape[1])
-        moes = c.moes()
+            cache = Cache(caches.used(layers), cache.length + caches.real_tokens(tokens))
+        moes = {path: config for path, config in c.moes().items() if path[0] in stats}
         aux = {
             _name(name, path, len(moes)): term
             for path, config in moes.items()
             for name, term in moe.losses(config, at(stats, path)).items()
         }
-        hidden_BTD = self.final_norm(x_BTD)
         if ring:
-            hidden_BTD = ring_attention.balance(hidden_BTD, inverse=True)
-        return Output(hidden=hidden_BTD, cache=cache, aux=aux, stats=stats)
+            hidden_BTD, *further = (ring_attention.balance(x, inverse=True) for x in (hidden_BTD, *further))
+        return Output(hidden=hidden_BTD, cache=cache, aux=aux, stats=stats, ahead=tuple(further))
+
+    def _embedded(self, ids_BT: Array) -> Array:
+        x_BTD = self.embedding(ids_BT)
+        scale = self.config.embedding_scale
+        return x_BTD if scale == 1.0 else x_BTD * jnp.asarray(scale, x_BTD.dtype)
 
     def _blocks(self, x_BTD: Array, layers: Any, tokens: Tokens) -> tuple[Array, Any, Params]:
-        """Through the first layers, then through the repeated ones: caches [L, ...] and statistics by stack."""
-        c, stats, found = self.config, {}, []
-        for name, start, period in (("first", 0, 1), ("layers", len(c.first), len(c.period))):
-            repeats = (len(c.first) if name == "first" else c.num_layers - start) // period
-            if not repeats:
-                continue
-            indices = start + period * jnp.arange(repeats)
+        """Through all stacks: caches and statistics by stack."""
+        stats, found = {}, {}
+        for name, part in self.config.stacks.items():
+            places = jnp.arange(part.repeats)
+            indices = part.start + len(part.kinds) * places
             if name == "layers" and layers is None and (schedule := self._schedule(x_BTD.shape[0])) is not None:
                 x_BTD, stats[name] = self._pipelined(x_BTD, indices, tokens, schedule)
                 continue
-            mine = jax.tree.map(lambda x, a=start, n=repeats, p=period: x[a : a + n * p], layers)
-            if period > 1:
-                mine = jax.tree.map(lambda x, n=repeats: x.reshape(n, -1, *x.shape[1:]), mine)
-            run = getattr(self, name)
-            x_BTD, (mine, stats[name]) = run(x_BTD, mine, indices, tokens)
-            if period > 1:
-                mine = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mine)
-            found.append(mine)
-        return x_BTD, None if layers is None else jax.tree.map(lambda *x: jnp.concatenate(x), *found), stats
+            mine = None if layers is None else layers[name]
+            (x_BTD, found[name]), stats[name] = getattr(self, name)((x_BTD, mine), indices, places, tokens)
+        return x_BTD, found, stats
+
+    def _ahead(self, hidden_BTD: Array, ids_BT: Array, tokens: Tokens, *, ring: bool) -> tuple[list[Array], Params]:
+        """Hidden states [B, T, D] that predict further tokens, and the modules' statistics. ids: in order."""
+        depth = self.config.ahead
+        further = [shifted(ids_BT, steps) for steps in range(1, depth + 1)]
+        embedded = [self._embedded(ring_attention.balance(ids) if ring else ids) for ids in further]
+        indices = self.config.num_layers + jnp.arange(depth)
+        _, (found, stats) = self.ahead(hidden_BTD, jnp.stack(embedded), indices, tokens)
+        return [found[i] for i in range(depth)], {"block": stats}
 
     def _schedule(self, rows: int) -> tuple[int, int] | None:
         return None if self.is_initializing() else self.config.pipeline.schedule(rows=rows, repeats=self.config.repeats)
@@ -284,19 +425,23 @@ class _Decoder(nn.Module):
         self, x_BTD: Array, indices: Array, tokens: Tokens, schedule: tuple[int, int]
     ) -> tuple[Array, Params]:
         c = self.config
-        layer = one_of(c.period, c.attention, c.norm, replace(self.parts, taken=("stage",)))
+        layer = one_of(c.period, c.wiring, replace(self.parts, taken=("stage",)))
         params, buffers = (self.variables.get(kind, {}).get("layers", {}) for kind in ("params", "buffers"))
         axes, policy = c.logical_axes()["layers"], stage_policy(c.remat)
         return pipelined(layer, params, buffers, axes, x_BTD, indices, tokens, schedule=schedule, policy=policy)
 
     def logits(self, hidden: Array) -> Array:
         """[..., D] -> [..., V]."""
-        if self.config.head == "untied":
-            return self.unembedding(hidden)
-        dtype = jnp.dtype(self.precision.logits)
-        table_VD = self.embedding.table_VD.astype(dtype)
-        contract = ((hidden.ndim - 1,), (1,))
-        return jax.lax.dot_general(hidden.astype(dtype), table_VD, (contract, ((), ())))
+        c, dtype = self.config, jnp.dtype(self.precision.logits)
+        if c.head == "untied":
+            logits = self.unembedding(hidden)
+        else:
+            table_VD = self.embedding.table_VD.astype(dtype)
+            contract = ((hidden.ndim - 1,), (1,))
+            logits = jax.lax.dot_general(hidden.astype(dtype), table_VD, (contract, ((), ())))
+        if c.logit_scale != 1.0:
+            logits = logits * jnp.asarray(c.logit_scale, logits.dtype)
+        return capped(logits, c.logit_cap) if c.logit_cap else logits
 
     def initialise(self, batch: Batch) -> Array:
         return self.logits(self.forward(batch).hidden)

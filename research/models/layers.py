@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from research.core.sharding import Axes
 from research.core.types import Array, Precision
 from research.models import sharded
+from research.models.positions import Position, Rotary
 
 PRODUCT = "weight_product"  # what a choice of what to recompute knows products with weights by
 Initializer = Callable[..., Array]
@@ -57,9 +58,9 @@ def param(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...
 
 
 class Linear(nn.Module):
-    """A matrix product without bias: contracts the last ``len(in_shape)`` dimensions of x.
+    """A matrix product: contracts the last ``len(in_shape)`` dimensions of x, and adds a bias where there is one.
 
-    x [..., *in_shape], w [*in_shape, *out_shape] -> [..., *out_shape], in the compute dtype.
+    x [..., *in_shape], w [*in_shape, *out_shape], b [*out_shape] -> [..., *out_shape], in the compute dtype.
     """
 
     in_shape: tuple[int, ...]
@@ -69,9 +70,13 @@ class Linear(nn.Module):
     precision: Precision
     platform: str = "cpu"
     taken: tuple[str, ...] = ()
+    bias: bool = False
 
     def setup(self) -> None:
         self.w = param(self, "w", self.initializer, self.in_shape + self.out_shape, self.axes, self.precision.params)
+        if self.bias:
+            axes = tuple("norm" if name == "embed" else name for name in self.axes[len(self.in_shape) :])
+            self.b = param(self, "b", nn.initializers.zeros, self.out_shape, axes, self.precision.params)
 
     def __call__(self, x: Array) -> Array:
         return project(x, self)[0]
@@ -87,7 +92,15 @@ def project(x: Array, *layers: Linear) -> list[Array]:
     found = sharded.linear(
         x.astype(dtype), weights, axes, contract=contract, platform=first.platform, taken=first.taken
     )
-    return [checkpoint_name(y, PRODUCT) for y in found]
+    found = [checkpoint_name(y, PRODUCT) for y in found]
+    return [
+        y + along_last(layer.b.astype(dtype), y) if layer.bias else y for y, layer in zip(found, layers, strict=True)
+    ]
+
+
+def along_last(x: Array, like: Array) -> Array:
+    """x [*last] with leading dimensions of size 1, to go with an array [..., *last]."""
+    return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,8 @@ class Build:
     """What every part of a model is built with.
 
     taken: mesh axes that a ``vmap`` around it has taken. keep: whether products may be kept for the backward pass.
+    position: the model's, for attention that has none of its own; rotaries: the kinds of rotary positions in use, each
+    with the width of the heads that it turns, in the order of ``Tokens.rotary``.
     """
 
     d_model: int
@@ -104,13 +119,22 @@ class Build:
     platform: str = "cpu"
     taken: tuple[str, ...] = ()
     keep: bool = True
+    position: Position | None = None
+    rotaries: tuple[tuple[Rotary, int], ...] = ()
 
     def linear(
-        self, name: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...], axes: Axes, *, residual: bool = False
+        self,
+        name: str,
+        in_shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
+        axes: Axes,
+        *,
+        residual: bool = False,
+        bias: bool = False,
     ) -> Linear:
         """residual: it writes into the residual stream, and is drawn smaller for it."""
         init = self.weight_init.matrix(math.prod(in_shape), residual_layers=self.num_layers if residual else 0)
-        return Linear(in_shape, out_shape, axes, init, self.precision, self.platform, self.taken, name=name)
+        return Linear(in_shape, out_shape, axes, init, self.precision, self.platform, self.taken, bias, name=name)
 
 
 @dataclass(frozen=True)
@@ -118,11 +142,18 @@ class Norm:
     """Normalisation of the hidden state, statistics in float32.
 
     kind "rms": x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich 2019).
-    kind "layer": (x - mean) / sqrt(var + eps) * scale + bias (Ba et al. 2016).
+    kind "layer": (x - mean) / sqrt(var + eps) * scale + bias (Ba et al. 2016); the bias may be left out.
+    offset: added to the parameter to give the scale: 1 stores Gemma's (1 + w), so that decay draws the scale to 1.
     """
 
     kind: Literal["rms", "layer"] = "rms"
     eps: float = 1e-6
+    offset: float = 0.0
+    bias: bool = True
+
+    @property
+    def has_bias(self) -> bool:
+        return self.kind == "layer" and self.bias
 
     def build(self, d_model: int, precision: Precision, **kwargs: Any) -> nn.Module:
         return _Norm(config=self, d_model=d_model, precision=precision, **kwargs)
@@ -134,18 +165,20 @@ class _Norm(nn.Module):
     precision: Precision
 
     @nn.compact
-    def __call__(self, x_BTD: Array) -> Array:
-        shape, dtype = (self.d_model,), self.precision.params
-        scale_D = param(self, "scale", nn.initializers.ones, shape, ("norm",), dtype).astype(jnp.float32)
-        y_BTD = x_BTD.astype(jnp.float32)
-        if self.config.kind == "layer":
-            y_BTD = y_BTD - jnp.mean(y_BTD, axis=-1, keepdims=True)
-        y_BTD = y_BTD * jax.lax.rsqrt(jnp.mean(jnp.square(y_BTD), axis=-1, keepdims=True) + self.config.eps)
-        y_BTD = y_BTD * scale_D[None, None, :]
-        if self.config.kind == "layer":
+    def __call__(self, x: Array) -> Array:
+        """x [..., D], which may be heads [B, T, N, H]."""
+        config, shape, dtype = self.config, (self.d_model,), self.precision.params
+        init = nn.initializers.constant(1.0 - config.offset)
+        scale_D = param(self, "scale", init, shape, ("norm",), dtype).astype(jnp.float32) + config.offset
+        y = x.astype(jnp.float32)
+        if config.kind == "layer":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.eps)
+        y = y * along_last(scale_D, y)
+        if config.has_bias:
             bias_D = param(self, "bias", nn.initializers.zeros, shape, ("norm",), dtype)
-            y_BTD = y_BTD + bias_D.astype(jnp.float32)[None, None, :]
-        return y_BTD.astype(self.precision.compute)
+            y = y + along_last(bias_D.astype(jnp.float32), y)
+        return y.astype(self.precision.compute)
 
 
 class Embedding(nn.Module):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feed-forward layers: plain (ReLU, GELU) and gated (SwiGLU, GEGLU; Shazeer 2020)."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,8 +14,14 @@ from research.core.types import Array, Params
 from research.models.layers import Build, project
 from research.models.tokens import Tokens
 
-Activation = Literal["swiglu", "geglu", "gelu", "relu"]
-ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
+Activation = Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu"]
+ACTIVATIONS = {
+    "swiglu": jax.nn.silu,
+    "geglu": jax.nn.gelu,
+    "gelu": jax.nn.gelu,
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+}
 
 
 def is_gated(activation: Activation) -> bool:
@@ -29,10 +36,12 @@ def activated(activation: Activation, inner: Sequence[Array]) -> Array:
 
 @dataclass(frozen=True)
 class Mlp:
-    """d_ff: the inner width (of the gate and of the value each, where gated). GELU is the tanh form."""
+    """d_ff: the inner width (of the gate and of the value each, where gated). GELU is the tanh form, but for
+    "gelu_exact"."""
 
     d_ff: int
     activation: Activation = "swiglu"
+    bias: bool = False
 
     @property
     def gated(self) -> bool:
@@ -52,7 +61,8 @@ class _Mlp(nn.Module):
         del tokens
         sizes, axes = ((self.build.d_model,), (self.config.d_ff,)), ("embed", "mlp")
         names = ("gate", "up") if self.config.gated else ("up",)
-        layers = [self.build.linear(name, *sizes, axes) for name in names]
+        bias = self.config.bias
+        layers = [self.build.linear(name, *sizes, axes, bias=bias) for name in names]
         inner = [constrain(y, "batch", "sequence", "act_mlp") for y in project(x_BTD, *layers)]
         hidden_BTF = activated(self.config.activation, inner)
-        return self.build.linear("down", *sizes[::-1], axes[::-1], residual=True)(hidden_BTF), {}
+        return self.build.linear("down", *sizes[::-1], axes[::-1], residual=True, bias=bias)(hidden_BTF), {}

@@ -31,6 +31,7 @@ class Moe:
     """``num_experts`` feed-forward layers of inner width d_ff, of which a router chooses for each token.
 
     shared_d_ff: inner width of an expert that every token goes through besides (Dai et al. 2024), 0 for none.
+    shared_gate: what it gives is multiplied by the sigmoid of a product of the token's own (Qwen1.5-MoE, 2024).
     dispatch: "sorted" multiplies rows sorted by expert, without drops of its own; "buffers" gives each expert a
         buffer of the router's capacity in each group, and needs a router with one. The sum is the same; where the mesh
         splits sequences no device has a whole group, and rows are sorted whatever is asked for.
@@ -47,6 +48,7 @@ class Moe:
     balance: float = 0.01
     z_loss: float = 0.0
     implementation: GroupedMatmul = "auto"
+    shared_gate: bool = False
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
@@ -104,7 +106,11 @@ class _Moe(nn.Module):
         weights = self._weights(dtype)
         y_BTD = expert_parallel.run(layer, x_BTD.astype(dtype), routing, weights, taken=self.build.taken)
         if config.shared is not None:
-            y_BTD = y_BTD + config.shared.build(self.build, name="shared")(x_BTD, tokens)[0]
+            shared_BTD = config.shared.build(self.build, name="shared")(x_BTD, tokens)[0]
+            if config.shared_gate:
+                gate = self.build.linear("shared_gate", (self.build.d_model,), (1,), ("embed", "router"))
+                shared_BTD = shared_BTD * jax.nn.sigmoid(gate(x_BTD))
+            y_BTD = y_BTD + shared_BTD
         return constrain(y_BTD, "batch", "residual_sequence", "act_embed"), found
 
     def _route(self, x_BTD: Array, tokens: Tokens) -> tuple[Routing, Params]:

@@ -7,6 +7,7 @@ forms scores of a whole row; "splash" are kernels for TPUs and "cudnn" those for
 its own.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from research.core.types import Array, UserError
 from research.models import chunked_attention, ring_attention
 from research.models.blocked_attention import blocked_attention
 from research.models.grouped_matmul import grouped_matmul as grouped_matmul
-from research.models.visibility import MASKED, Places, Visibility, mask_BTS
+from research.models.visibility import MASKED, Places, Visibility, capped, mask_BTS
 
 AttentionImplementation = Literal["auto", "plain", "blocked", "chunked", "splash", "cudnn"]
 IMPLEMENTATION: dict[str, AttentionImplementation] = {"cpu": "blocked", "tpu": "splash", "gpu": "cudnn"}
@@ -88,49 +89,88 @@ def attention(
     kv_segments: Array,
     visibility: Visibility = Visibility(),  # noqa: B008 - a frozen value
     bias: Callable[[Array, Array], Array] | None = None,
+    cap: float = 0.0,
+    sinks: Array | None = None,
+    kv_scales: tuple[Array, Array] | None = None,
     aligned: bool = False,
     implementation: AttentionImplementation = "auto",
     platform: str = "cpu",
 ) -> Array:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with grouped kv heads (Ainslie et al. 2023).
 
-    q [B, T, N, H], already multiplied by the scale (1/sqrt(H) in eq. 1), k and v [B, S, K, H] with N a multiple
-    of K -> [B, T, N, H] in q's dtype; softmax in float32. positions and segments [B, T] and [B, S] decide what is
-    seen (``Visibility``); ``bias`` maps query and key positions to [B, N, T, S] added to the scores. ``aligned``
-    promises packed training rows: slot t of the queries and of the keys is the same token, and positions count
-    the slots since the segment began. Only then may blocks of keys be left out: what is not aligned, or not of a
+    q [B, T, N, H], already multiplied by the scale (1/sqrt(H) in eq. 1), k [B, S, K, H] and v [B, S, K, X] with N a
+    multiple of K -> [B, T, N, X] in q's dtype; softmax in float32. positions and segments [B, T] and [B, S] decide what
+    is seen (``Visibility``); ``bias`` maps query and key positions to [B, N, T, S] added to the scores. cap: scores
+    become cap tanh(score / cap) (Gemma 2, 2024, section 2). sinks [N]: a logit of each head that takes its share of the
+    softmax and gives nothing. kv_scales [B, S, K] each: k and v are whole numbers to be multiplied by them.
+
+    ``aligned`` promises packed training rows: slot t of the queries and of the keys is the same token, and positions
+    count the slots since the segment began. Only then may blocks of keys be left out: what is not aligned, or not of a
     shape that an implementation takes, falls back to "plain".
     """
-    if bias is not None and implementation not in ("auto", "plain"):
+    only_plain = [
+        name for name, given in (("bias", bias), ("sinks", sinks), ("scales", kv_scales)) if given is not None
+    ]
+    if only_plain and implementation not in ("auto", "plain"):
         raise UserError(
-            f"The attention {implementation!r} takes no bias: choose attention.implementation=plain, or auto."
+            f"The attention {implementation!r} takes no {only_plain[0]}: choose attention.implementation=plain or auto."
         )
     places = Places(q_positions, kv_positions, q_segments, kv_segments)
-    length, window = q_BTNH.shape[1], visibility.window
+    length, value_width = q_BTNH.shape[1], v_BSKH.shape[-1]
     chosen = IMPLEMENTATION.get(platform, "plain") if implementation == "auto" else implementation
-    if aligned and bias is None and visibility.kind == "causal" and chosen != "plain":
-        if ring_attention.applies(length):
-            block = _ring_block(q_BTNH, window, platform) if chosen == "splash" else chunked_attention
-            return ring_attention.ring_attention(
-                q_BTNH, k_BSKH, v_BSKH, q_positions, q_segments, visibility, block=block
-            )
-        short = implementation == "blocked" or length <= LONGEST_PLAIN
-        if chosen == "blocked" and short and length % BLOCKS == 0 and length >= BLOCKS * SMALLEST_BLOCK:
-            return blocked_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, window=window, blocks=BLOCKS)
-        if chosen == "splash":
-            from research.models import splash_attention  # here: Pallas takes a tenth of a second to import
-
-            if splash_attention.fits(q_BTNH, k_BSKH):
-                interpret = platform != "tpu"
-                return splash_attention.attention(
-                    q_BTNH, k_BSKH, v_BSKH, q_segments, window=window, interpret=interpret
-                )
-        if chosen == "cudnn" and _cudnn_fits(q_BTNH):
-            return _cudnn(q_BTNH, k_BSKH, v_BSKH, q_segments, window)
-    if bias is None and (chosen == "chunked" or (chosen != "plain" and length > LONGEST_PLAIN)):
-        return chunked_attention.chunked_attention(q_BTNH, k_BSKH, v_BSKH, places, visibility, aligned=aligned)
+    if not only_plain and chosen != "plain":
+        causal = aligned and visibility.kind == "causal"
+        run = _fast(chosen, implementation, q_BTNH, k_BSKH, visibility, cap, platform) if causal else None
+        if run is not None:
+            return run(q_BTNH, k_BSKH, _widened(v_BSKH, k_BSKH), q_positions, q_segments)[..., :value_width]
+        if chosen == "chunked" or length > LONGEST_PLAIN:
+            v = _widened(v_BSKH, k_BSKH)
+            run = functools.partial(chunked_attention.chunked_attention, aligned=aligned, cap=cap)
+            return run(q_BTNH, k_BSKH, v, places, visibility)[..., :value_width]
     mask = mask_BTS(visibility, places)
-    return _attend(q_BTNH, k_BSKH, v_BSKH, mask, bias(q_positions, kv_positions) if bias else None)
+    added = bias(q_positions, kv_positions) if bias else None
+    return _attend(q_BTNH, k_BSKH, v_BSKH, mask, added, cap=cap, sinks=sinks, kv_scales=kv_scales)
+
+
+def _widened(v_BSKH: Array, k_BSKH: Array) -> Array:
+    """Values with zeros behind, as wide as the keys: what kernels of one width take."""
+    missing = k_BSKH.shape[-1] - v_BSKH.shape[-1]
+    return jnp.pad(v_BSKH, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else v_BSKH
+
+
+def _fast(
+    chosen: AttentionImplementation,
+    asked: AttentionImplementation,
+    q_BTNH: Array,
+    k_BTKH: Array,
+    visibility: Visibility,
+    cap: float,
+    platform: str,
+) -> Callable[..., Array] | None:
+    """The chosen implementation for aligned rows, as a function of q, k, v, positions and segments, or the ring where
+    sequences are split; None where it does not take such arrays."""
+    length, window = q_BTNH.shape[1], visibility.window
+    if ring_attention.applies(length):
+        block: ring_attention.Block = chunked_attention.Block(cap)
+        if chosen == "splash" and not visibility.first_tokens:
+            block = _ring_block(q_BTNH, window, cap, platform)
+        return lambda q, k, v, at, segments: ring_attention.ring_attention(
+            q, k, v, at, segments, visibility, block=block
+        )
+    if visibility.first_tokens:
+        return None
+    short = asked == "blocked" or length <= LONGEST_PLAIN
+    if chosen == "blocked" and not cap and short and length % BLOCKS == 0 and length >= BLOCKS * SMALLEST_BLOCK:
+        return lambda q, k, v, at, segments: blocked_attention(q, k, v, at, window=window, blocks=BLOCKS)
+    if chosen == "splash":
+        from research.models import splash_attention  # here: Pallas takes a tenth of a second to import
+
+        if splash_attention.fits(q_BTNH, k_BTKH):
+            how = dict(window=window, cap=cap, interpret=platform != "tpu")
+            return lambda q, k, v, at, segments: splash_attention.attention(q, k, v, segments, **how)
+    if chosen == "cudnn" and not cap and _cudnn_fits(q_BTNH):
+        return lambda q, k, v, at, segments: _cudnn(q, k, v, segments, window)
+    return None
 
 
 def _cudnn_fits(q_BTNH: Array) -> bool:
@@ -154,25 +194,48 @@ def _cudnn(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array, wind
     )
 
 
-def _ring_block(q_BTNH: Array, window: int, platform: str) -> ring_attention.Block:
+def _ring_block(q_BTNH: Array, window: int, cap: float, platform: str) -> ring_attention.Block:
     """Splash kernels for a ring whose pieces they take; they know no window between pieces."""
     from research.models import splash_attention
 
     pieces = 2 * sharding.ways("sequence")
     if window or q_BTNH.shape[1] % (pieces * splash_attention.LANES):
-        return chunked_attention
-    return splash_attention.Block(interpret=platform != "tpu")
+        return chunked_attention.Block(cap)
+    return splash_attention.Block(interpret=platform != "tpu", cap=cap)
 
 
-def _attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Array, bias: Array | None) -> Array:
+def _attend(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    mask: Array,
+    bias: Array | None,
+    *,
+    cap: float = 0.0,
+    sinks: Array | None = None,
+    kv_scales: tuple[Array, Array] | None = None,
+) -> Array:
     batch, length, heads, width = q_BTNH.shape
-    kv_heads = k_BSKH.shape[2]
+    kv_heads, dtype = k_BSKH.shape[2], q_BTNH.dtype
     group = heads // kv_heads
     q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, group, width)
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH).astype(jnp.float32)
+    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH.astype(dtype)).astype(jnp.float32)
+    k_scale, v_scale = (jnp.einsum("BSK->BKS", x)[:, :, None, None] for x in kv_scales) if kv_scales else (None, None)
+    if k_scale is not None:
+        scores_BKGTS = scores_BKGTS * k_scale
     if bias is not None:
         scores_BKGTS = scores_BKGTS + bias.reshape(scores_BKGTS.shape)
+    if cap:
+        scores_BKGTS = capped(scores_BKGTS, cap)
     scores_BKGTS = jnp.where(mask[:, None, None, :, :], scores_BKGTS, MASKED)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
-    return out_BTKGH.reshape(batch, length, heads, width)
+    if sinks is None:
+        weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+    else:
+        sink = sinks.astype(jnp.float32).reshape(1, kv_heads, group, 1, 1)
+        top = jnp.maximum(jnp.max(scores_BKGTS, axis=-1, keepdims=True), sink)
+        exponentials = jnp.exp(scores_BKGTS - top)
+        weights_BKGTS = exponentials / (jnp.sum(exponentials, axis=-1, keepdims=True) + jnp.exp(sink - top))
+    if v_scale is not None:
+        weights_BKGTS = weights_BKGTS * v_scale
+    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(dtype), v_BSKH.astype(dtype))
+    return out_BTKGH.reshape(batch, length, heads, v_BSKH.shape[-1])

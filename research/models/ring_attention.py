@@ -24,7 +24,7 @@ AXIS = "context"
 
 
 class Block(Protocol):
-    """Attention of local queries to local keys whose results merge (``chunked_attention``)."""
+    """Attention of local queries to local keys whose results merge (``chunked_attention.Block``)."""
 
     def forward(
         self, visibility: Visibility, aligned: bool, q: Array, k: Array, v: Array, places: Places
@@ -83,7 +83,7 @@ def ring_attention(
     segments_BT: Array,
     visibility: Visibility,
     *,
-    block: Block = chunked_attention,
+    block: Block = chunked_attention.Block(),  # noqa: B008 - a frozen value
 ) -> Array:
     """Causal attention of packed rows in balanced order (``balance``) -> [B, T, N, H]. q comes scaled.
 

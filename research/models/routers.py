@@ -72,12 +72,19 @@ class Router(Protocol):
 @dataclass(frozen=True)
 class TopK(Router):
     """The k likeliest experts. renormalise: gates are a softmax over the chosen logits (Jiang et al. 2024, Mixtral,
-    section 2.1); else the softmax over all experts is taken as it is (Muennighoff et al. 2024, OLMoE)."""
+    section 2.1); else the softmax over all experts is taken as it is (Muennighoff et al. 2024, OLMoE).
+
+    groups, top_groups: experts lie in so many groups, and only those of the best ones may be chosen, a group's worth
+    being its likeliest expert; scale multiplies the gates (DeepSeek-V2, 2024, sections 2.2.2 and D).
+    """
 
     k: int = 2
     renormalise: bool = True
     capacity_factor: float = 0.0
     bias_rate: float = 0.0
+    groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
 
     @property
     def per_token(self) -> float:
@@ -85,6 +92,7 @@ class TopK(Router):
 
     def check(self, num_experts: int) -> None:
         _check_k(self.k, num_experts)
+        _check_groups(self.k, num_experts, self.groups, self.top_groups)
         if self.k == 1 and self.renormalise:
             raise UserError(
                 "TopK(1) with renormalise=True gives every token the gate 1, from which a router learns nothing: set "
@@ -94,11 +102,13 @@ class TopK(Router):
     def __call__(self, group: Group) -> Routing:
         probabilities = jax.nn.softmax(group.logits, axis=-1)
         selection = group.logits if group.bias is None else group.logits + group.bias[None, :]
+        if self.top_groups < self.groups:
+            selection = jnp.where(_in_best_groups(selection, self.groups, self.top_groups, best=1), selection, -jnp.inf)
         experts = _top(selection, self.k)
         gates = jnp.take_along_axis(probabilities, experts, axis=1)
         if self.renormalise:
             gates = gates / jnp.sum(gates, axis=1, keepdims=True)
-        return limited(assigned(group, experts, gates, probabilities), self)
+        return limited(assigned(group, experts, self.scale * gates, probabilities), self)
 
 
 def switch(capacity_factor: float = 1.25) -> TopK:
@@ -167,34 +177,18 @@ class Sigmoid(Router):
                 "Sigmoid(1) gives every token the same gate, from which a router learns nothing: raise k, or choose "
                 "TopK(1, renormalise=False)."
             )
-        if self.groups < 1 or num_experts % self.groups or not 1 <= self.top_groups <= self.groups:
-            raise UserError(
-                f"{num_experts} experts in {self.groups} groups, {self.top_groups} of them chosen: groups must divide "
-                "the experts, and top_groups lie between 1 and groups."
-            )
-        if self.k > self.top_groups * (num_experts // self.groups):
-            raise UserError(
-                f"{self.top_groups} groups of {num_experts // self.groups} experts hold fewer than k={self.k}: raise "
-                "top_groups or lower k."
-            )
+        _check_groups(self.k, num_experts, self.groups, self.top_groups)
 
     def __call__(self, group: Group) -> Routing:
         scores = jax.nn.sigmoid(group.logits)
         selection = scores if group.bias is None else scores + group.bias[None, :]
         if self.top_groups < self.groups:
-            selection = jnp.where(self._allowed(selection), selection, -jnp.inf)
+            selection = jnp.where(_in_best_groups(selection, self.groups, self.top_groups, best=2), selection, -jnp.inf)
         experts = _top(selection, self.k)
         gates = jnp.take_along_axis(scores, experts, axis=1)
         gates = self.scale * gates / (jnp.sum(gates, axis=1, keepdims=True) + 1e-20)
         probabilities = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
         return limited(assigned(group, experts, gates, probabilities), self)
-
-    def _allowed(self, selection: Array) -> Array:
-        by_group = selection.reshape(selection.shape[0], self.groups, -1)
-        worth = jnp.sum(jax.lax.top_k(by_group, min(2, by_group.shape[2]))[0], axis=-1)
-        best = _top(worth, self.top_groups)
-        allowed = jnp.any(best[:, :, None] == jnp.arange(self.groups)[None, None, :], axis=1)
-        return jnp.repeat(allowed, by_group.shape[2], axis=1)
 
 
 @dataclass(frozen=True)
@@ -304,6 +298,14 @@ def _top(x: Array, k: int) -> Array:
     return jax.lax.top_k(jax.lax.stop_gradient(x), k)[1]
 
 
+def _in_best_groups(selection: Array, groups: int, top_groups: int, *, best: int) -> Array:
+    """[T, E]: whether an expert lies in one of the ``top_groups`` whose ``best`` highest sum to most."""
+    by_group = selection.reshape(selection.shape[0], groups, -1)
+    worth = jnp.sum(jax.lax.top_k(by_group, min(best, by_group.shape[2]))[0], axis=-1)
+    allowed = jnp.any(_top(worth, top_groups)[:, :, None] == jnp.arange(groups)[None, None, :], axis=1)
+    return jnp.repeat(allowed, by_group.shape[2], axis=1)
+
+
 def at_least_zero(name: str, value: float) -> None:
     if not (math.isfinite(value) and value >= 0):
         raise UserError(f"{name} is {value}: it must be a finite number of at least 0.")
@@ -312,3 +314,16 @@ def at_least_zero(name: str, value: float) -> None:
 def _check_k(k: int, num_experts: int) -> None:
     if not 1 <= k <= num_experts:
         raise UserError(f"A router cannot choose {k} of {num_experts} experts: choose between 1 and {num_experts}.")
+
+
+def _check_groups(k: int, num_experts: int, groups: int, top_groups: int) -> None:
+    if groups < 1 or num_experts % groups or not 1 <= top_groups <= groups:
+        raise UserError(
+            f"{num_experts} experts in {groups} groups, {top_groups} of them chosen: groups must divide the experts, "
+            "and top_groups lie between 1 and groups."
+        )
+    if k > top_groups * (num_experts // groups):
+        raise UserError(
+            f"{top_groups} groups of {num_experts // groups} experts hold fewer than k={k}: raise top_groups or "
+            "lower k."
+        )

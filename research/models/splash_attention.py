@@ -34,17 +34,25 @@ def fits(q_BTNH: Array, k_BSKH: Array) -> bool:
 
 
 def attention(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array, *, window: int = 0, interpret: bool = False
+    q_BTNH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array,
+    segments_BT: Array,
+    *,
+    window: int = 0,
+    cap: float = 0.0,
+    interpret: bool = False,
 ) -> Array:
     """Causal attention within segments: q [B, T, N, H], scaled; k and v [B, T, K, H] -> [B, T, N, H] in q's dtype.
 
     Slot t of the queries and of the keys is the same token. window: at most so many slots back, the query's own
-    included (0: no limit). Padding (segment 0) sees padding only. interpret: run the kernels on a CPU, slowly.
+    included (0: no limit). cap: of the scores (``visibility.capped``). Padding (segment 0) sees padding only.
+    interpret: run the kernels on a CPU, slowly.
     """
 
     def local(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array) -> Array:
         q, k, v = (x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
-        return _attention(window, interpret, q, k, v, segments_BT).swapaxes(1, 2)
+        return _attention(window, cap, interpret, q, k, v, segments_BT).swapaxes(1, 2)
 
     if not jax.sharding.get_abstract_mesh().empty:
         heads, rows = partition_spec(("batch", None, "act_heads", None)), partition_spec(("batch", None))
@@ -61,6 +69,7 @@ def forward(
     *,
     causal: bool,
     window: int = 0,
+    cap: float = 0.0,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
     """One block of attention on the arrays of one device: (out [B, N, T, H], log normaliser [B, N, T] float32).
@@ -83,6 +92,7 @@ def forward(
             save_residuals=True,
             mask_function=function,
             interpret=interpret,
+            attn_logits_soft_cap=cap or None,
             **COMMON,
         )
         return out, log_z
@@ -102,6 +112,7 @@ def backward(
     *,
     causal: bool,
     window: int = 0,
+    cap: float = 0.0,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
     """What one block adds to the gradients of q, k and v, in their shapes and dtypes (``forward`` says which).
@@ -120,7 +131,7 @@ def backward(
             interpret=interpret,
             res=(q, k, v, segments, None, out, log_z, *infos[1:]),
             do=d_out,
-            attn_logits_soft_cap=None,
+            attn_logits_soft_cap=cap or None,
             **COMMON,
         )
         return gradients[3:6]
@@ -134,6 +145,7 @@ class Block:
     """A block of a ring (``ring_attention.Block``): in one order with its keys, or of keys that are all seen."""
 
     interpret: bool = False
+    cap: float = 0.0
 
     def forward(
         self, visibility: Visibility, aligned: bool, q: Array, k: Array, v: Array, places: Places
@@ -141,7 +153,8 @@ class Block:
         del visibility
         heads = (x.swapaxes(1, 2) for x in (q, k, v))
         segments = places.q_segments, places.kv_segments
-        return tuple(x.swapaxes(1, 2) for x in forward(*heads, *segments, causal=aligned, interpret=self.interpret))
+        how = dict(causal=aligned, interpret=self.interpret, cap=self.cap)
+        return tuple(x.swapaxes(1, 2) for x in forward(*heads, *segments, **how))
 
     def backward(
         self, visibility: Visibility, aligned: bool, inputs: tuple, out: Array, log_sum: Array, d_out: Array
@@ -150,7 +163,7 @@ class Block:
         *heads, places = inputs
         heads, rest = ([x.swapaxes(1, 2) for x in arrays] for arrays in (heads, (out, log_sum, d_out)))
         segments = places.q_segments, places.kv_segments
-        found = backward(*heads, *segments, *rest, causal=aligned, interpret=self.interpret)
+        found = backward(*heads, *segments, *rest, causal=aligned, interpret=self.interpret, cap=self.cap)
         return tuple(x.swapaxes(1, 2).astype(jnp.float32) for x in found)
 
 
@@ -192,18 +205,20 @@ def _mask(causal: bool, window: int, length: int, keys: int) -> tuple[tuple[Any,
     return (numpy[0], numpy[1], numpy[2]), function
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(window: int, interpret: bool, q: Array, k: Array, v: Array, segments: Array) -> Array:
-    return _forward(window, interpret, q, k, v, segments)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(window: int, cap: float, interpret: bool, q: Array, k: Array, v: Array, segments: Array) -> Array:
+    return _forward(window, cap, interpret, q, k, v, segments)[0]
 
 
-def _forward(window: int, interpret: bool, q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, tuple]:
-    out, log_z = forward(q, k, v, segments, segments, causal=True, window=window, interpret=interpret)
+def _forward(
+    window: int, cap: float, interpret: bool, q: Array, k: Array, v: Array, segments: Array
+) -> tuple[Array, tuple]:
+    out, log_z = forward(q, k, v, segments, segments, causal=True, window=window, cap=cap, interpret=interpret)
     return out, (q, k, v, segments, segments, out, log_z)
 
 
-def _backward(window: int, interpret: bool, saved: tuple, d_out: Array) -> tuple[Array, Array, Array, None]:
-    return *backward(*saved, d_out, causal=True, window=window, interpret=interpret), None
+def _backward(window: int, cap: float, interpret: bool, saved: tuple, d_out: Array) -> tuple[Array, Array, Array, None]:
+    return *backward(*saved, d_out, causal=True, window=window, cap=cap, interpret=interpret), None
 
 
 _attention.defvjp(_forward, _backward)

@@ -34,14 +34,19 @@ class NextToken:
 
     z_loss: coefficient of log(Z)^2, which keeps the logits' normaliser near one (Chowdhery et al. 2022, section 5).
     chunk: tokens per chunk on one shard of the batch (0: all at once, the plain form).
+    ahead: weight of the mean cross-entropy of the tokens further ahead that the model predicts (DeepSeek-V3, 2024,
+        eq. 25), where it predicts any. Such a token counts where the token in hand does, in its own document alone.
     """
 
     z_loss: float = 0.0
     chunk: int = 512
+    ahead: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.chunk < 0 or not self.z_loss >= 0:
-            raise UserError(f"chunk and z_loss must be at least 0; given {self.chunk} and {self.z_loss}.")
+        if self.chunk < 0 or not self.z_loss >= 0 or not self.ahead >= 0:
+            raise UserError(
+                f"chunk, z_loss and ahead must be at least 0; given {self.chunk}, {self.z_loss} and {self.ahead}."
+            )
 
     def __call__(self, policy: Policy, frozen: Mapping[str, Policy], batch: Batch, key: Array | None) -> Loss:
         del frozen
@@ -59,7 +64,24 @@ class NextToken:
             bits = sums.cross_entropy / jnp.log(2.0)
             metrics["bits_per_byte"] = WeightedSum(bits, jnp.sum(batch["target_bytes"]))
         terms = {"next_token": Term(1.0, WeightedSum(sums.loss, total)), **output.aux}
+        for steps, further_BTD in enumerate(output.ahead, start=1):
+            targets_BT, mine_BT = further(batch, weights_BT, steps)
+            more = token_sums(policy.head(), further_BTD, targets_BT, mine_BT, z_loss=self.z_loss, chunk=self.chunk)
+            total = jnp.sum(mine_BT)
+            terms[f"ahead{steps}"] = Term(self.ahead / len(output.ahead), WeightedSum(more.loss, total))
+            metrics[f"cross_entropy_ahead{steps}"] = WeightedSum(more.cross_entropy, total)
         return Loss(terms=terms, metrics=metrics, stats=output.stats)
+
+
+def further(batch: Batch, weights_BT: Array, steps: int) -> tuple[Array, Array]:
+    """The targets so many tokens further, and their weights: those of the targets themselves and of the tokens that
+    predict them, zero where these are of two documents."""
+
+    def shifted(x_BT: Array) -> Array:
+        return jnp.pad(x_BT[:, steps:], ((0, 0), (0, min(steps, x_BT.shape[1]))))
+
+    together = shifted(batch["segment_ids"]) == batch["segment_ids"]
+    return shifted(batch["targets"]), weights_BT * shifted(weights_BT) * together
 
 
 def token_sums(

@@ -41,7 +41,7 @@ class Family:
         """Every width that may be built, up to ``most``: its heads divide into the groups of keys and values."""
         width = self.multiples[0][1]
         while width <= most:
-            if self.base.attention.kv_heads == 1 or width // self.head_dim % self.group == 0:
+            if self.base.attentions[0].kv_heads == 1 or width // self.head_dim % self.group == 0:
                 yield width
             step = next(multiple for start, multiple in reversed(self.multiples) if width >= start)
             width += step
@@ -49,14 +49,14 @@ class Family:
     @property
     def group(self) -> int:
         """Heads that share their keys and values."""
-        return self.base.attention.num_heads // self.base.attention.kv_heads
+        return self.base.attentions[0].num_heads // self.base.attentions[0].kv_heads
 
     def model(self, d_model: int, num_layers: int) -> Decoder:
         """Of a width that ``widths`` has."""
         heads = d_model // self.head_dim
-        kv_heads = None if self.group == 1 else 1 if self.base.attention.kv_heads == 1 else heads // self.group
+        kv_heads = None if self.group == 1 else 1 if self.base.attentions[0].kv_heads == 1 else heads // self.group
         d_ff = max(self.ff_multiple, self.ff_multiple * round(self.ff_ratio * d_model / self.ff_multiple))
-        attention = dataclasses.replace(self.base.attention, num_heads=heads, num_kv_heads=kv_heads, head_dim=None)
+        attention = ladder.with_heads(self.base.attention, num_heads=heads, num_kv_heads=kv_heads)
         mlp = dataclasses.replace(self.base.mlp, d_ff=d_ff)
         return dataclasses.replace(self.base, d_model=d_model, num_layers=num_layers, attention=attention, mlp=mlp)
 
@@ -99,7 +99,7 @@ def family_of(models: Sequence[Decoder], *, name: str = "study's") -> Family:
     if not dense:
         raise UserError("The study's models have experts, and a family is of dense ones: name one with --family.")
     largest = max(dense, key=lambda model: model.d_model)
-    head_dim, depths = largest.attention.width(largest.d_model), {model.num_layers for model in dense}
+    head_dim, depths = largest.attentions[0].width(largest.d_model), {model.num_layers for model in dense}
     multiple = math.gcd(*(model.mlp.d_ff for model in dense))
     step = math.lcm(head_dim, math.gcd(*(model.d_model for model in dense)))
     return Family(
@@ -179,7 +179,7 @@ def _depths(family: Family, width: int) -> list[int]:
 
 def describe(model: Decoder) -> str:
     """A model in words: layers, width, heads, feed-forward, size."""
-    attention, counts = model.attention, cost.params(model)
+    attention, counts = model.attentions[0], cost.params(model)
     heads = f"{attention.num_heads} heads of {attention.width(model.d_model)}"
     if attention.kv_heads != attention.num_heads:
         heads += f" ({attention.kv_heads} for keys and values)"

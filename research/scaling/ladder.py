@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from research.core.types import UserError
 from research.models.decoder import Decoder
+from research.models.latent_attention import LatentAttention
+from research.models.stack import AttentionKind
 from research.scaling import cost
 from research.scaling.table import ParameterCount
 from research.train.experiment import Experiment, Flops
@@ -142,13 +144,25 @@ def grid(
         heads = d_model // head_dim
         if heads < 1 or d_model % head_dim:
             raise UserError(f"d_model {d_model} does not split into heads of {head_dim}: choose a multiple of it.")
-        group = base.attention.num_heads // base.attention.kv_heads
+        group = base.attentions[0].num_heads // base.attentions[0].kv_heads
         kv_heads = heads // group if group > 1 and heads % group == 0 else None
-        attention = dataclasses.replace(base.attention, num_heads=heads, num_kv_heads=kv_heads, head_dim=None)
+        attention = with_heads(base.attention, num_heads=heads, num_kv_heads=kv_heads)
         mlp = dataclasses.replace(base.mlp, d_ff=max(8, 8 * round(ff_ratio * d_model / 8)))
         layers = max(1, round(d_model / aspect))
         models.append(dataclasses.replace(base, d_model=d_model, num_layers=layers, attention=attention, mlp=mlp))
     return tuple(models)
+
+
+def with_heads(
+    attention: AttentionKind | tuple[AttentionKind, ...], *, num_heads: int, num_kv_heads: int | None
+) -> AttentionKind | tuple[AttentionKind, ...]:
+    """The same attention with so many heads of d_model / num_heads; of a pattern each. Raises UserError for latent
+    attention, whose heads have widths of their own."""
+    if isinstance(attention, tuple):
+        return tuple(with_heads(one, num_heads=num_heads, num_kv_heads=num_kv_heads) for one in attention)
+    if isinstance(attention, LatentAttention):
+        raise UserError("Models with latent attention are not sized by a rule: give the models of a ladder yourself.")
+    return dataclasses.replace(attention, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=None)
 
 
 def geometric(first: float, *, last: float, count: int) -> tuple[float, ...]:

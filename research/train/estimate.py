@@ -8,6 +8,7 @@ each way), and every byte that goes through HBM. ``tests/train/test_estimate.py`
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,9 @@ from jax.sharding import AbstractMesh, AxisType
 from research.core.chips import Slice
 from research.core.roofline import Roofline
 from research.core.sharding import check_slices
+from research.models.latent_attention import LatentAttention
 from research.models.moe import Moe
+from research.models.stack import AttentionKind
 from research.scaling import cost
 from research.train import state
 from research.train.experiment import Experiment
@@ -74,8 +77,7 @@ class _Step:
         self.experts_share = 1.0 if cost.experts(model) == 0 else 1 - params.idle / max(1, params.layers)
         self.layer_params = params.layers / model.num_layers
         self.head_params = model.vocab_size * model.d_model
-        heads = model.attention
-        self.products = heads.width(model.d_model) * (2 * heads.num_heads + 2 * heads.kv_heads)
+        self.products = _mean(_products(attention, model.d_model) for attention, _ in model.kinds)
         widths = [(m.router.per_token * m.d_ff + (m.shared_d_ff or 0), 3 if m.gated else 2) if isinstance(m, Moe)
                   else (m.d_ff, 3 if m.gated else 2) for m in model.feed_forwards]  # fmt: skip
         self.inner = sum(width * parts for width, parts in widths) / len(widths)
@@ -126,7 +128,8 @@ class _Step:
         if size["tensor"] > 1:  # gathered before, and scattered after, attention and feed-forward, each way
             ici += micro * self.layers * 4 * passes / 3 * 2 * residual * self._links("tensor")
         if size["context"] > 1:  # keys and values around the ring, forward and (with gradients) backward
-            keys = 2 * self.tokens * experiment.model.attention.kv_heads * experiment.model.attention.width(d) * c
+            width = _mean(attention.kv_heads * attention.width(d) for attention, _ in experiment.model.kinds)
+            keys = 2 * self.tokens * width * c
             ici += micro * self.layers * 4 * keys * size["context"] * self._links("context")
         if size["expert"] > 1 and (moe := next(iter(experiment.model.moes().values()), None)) is not None:
             ici += micro * self.layers * 5 * residual * moe.router.per_token * self._links("expert")
@@ -149,6 +152,19 @@ class _Step:
                 links += 2 if all(self.where.wraps) and chips >= spanned * side else 1
                 spanned *= side
         return (chips - 1) / chips / (max(1, links) * self.where.chip.link_bandwidth)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _products(attention: AttentionKind, d_model: int) -> int:
+    """The width of all that a layer's attention makes of a token by products with weights, but for the last."""
+    if isinstance(attention, LatentAttention):
+        small = attention.kv_rank + attention.rope_dim + attention.q_rank
+        return small + attention.num_heads * (attention.width(d_model) + attention.nope_dim + 2 * attention.v_dim)
+    return attention.width(d_model) * (2 * attention.num_heads + 2 * attention.kv_heads)
 
 
 def _bytes(shapes: Any, layout: Any) -> float:

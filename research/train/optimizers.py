@@ -195,6 +195,8 @@ def at_any_rate(optimizer: Optimizer) -> Optimizer:
 
 
 def decay_mask(logical_axes: Any) -> Any:
-    """True for parameters with two or more logical axes besides "layers"."""
+    """True for parameters with two or more logical axes besides "layers" and "head_dim": not for biases of heads."""
     is_axes = lambda a: isinstance(a, tuple)  # noqa: E731
-    return jax.tree.map(lambda axes: sum(a != "layers" for a in axes) >= 2, logical_axes, is_leaf=is_axes)
+    return jax.tree.map(
+        lambda axes: sum(a not in ("layers", "head_dim") for a in axes) >= 2, logical_axes, is_leaf=is_axes
+    )

@@ -18,8 +18,8 @@ def test_the_layer_is_scaled_attention_between_its_projections(kv_heads, length)
     x_BTD = jax.random.normal(jax.random.key(0), (2, length, 32))
     positions = jnp.broadcast_to(jnp.arange(length)[None, :], (2, length))
     tokens = Tokens(positions, positions, jnp.ones_like(positions))
-    params = jax.jit(layer.init)(jax.random.key(1), x_BTD, tokens, None)
-    found, _ = jax.jit(lambda params: layer.apply(params, x_BTD, tokens, None))(params)
+    params = jax.jit(layer.init)(jax.random.key(1), x_BTD, tokens, None, 0)
+    found, _ = jax.jit(lambda params: layer.apply(params, x_BTD, tokens, None, 0))(params)
 
     w = jax.tree.map(lambda box: box.value, params["params"], is_leaf=lambda x: hasattr(x, "value"))
 

@@ -17,9 +17,12 @@ from research.core.sharding import MeshSpec
 from research.core.types import Precision
 from research.models.attention import Attention
 from research.models.decoder import Decoder
+from research.models.latent_attention import LatentAttention
 from research.models.layers import Norm
 from research.models.mlp import Mlp
-from research.models.positions import Learned, Rotary, Sinusoidal
+from research.models.moe import Moe
+from research.models.positions import Learned, RelativeBias, Rotary, Sinusoidal, TransformerXL
+from research.models.routers import TopK
 from research.objectives.next_token import NextToken
 from research.scaling import cost
 from research.train.start import Program
@@ -51,6 +54,34 @@ MODELS = {
         33, 16, 1, attention(4, 1), Mlp(64, activation="relu"), position=Sinusoidal()
     ),
     "gqa-wide-heads": Decoder(40, 16, 2, attention(6, 3, head_dim=10), Mlp(24), position=Rotary(theta=500.0)),
+    "sandwich-biases-qk-norm-parallel": Decoder(
+        61,
+        32,
+        5,
+        (attention(4, 2), replace(attention(4), bias="all", qk_norm=Norm(), sinks="learned")),
+        (Mlp(40, bias=True), Mlp(24, "relu", bias=True)),
+        norm=Norm("layer"),
+        norms="sandwich",
+        residual="parallel",
+        head_bias=True,
+    ),
+    "one-norm-relative-biases": Decoder(
+        61,
+        32,
+        2,
+        attention(4, 2),
+        Mlp(40),
+        norm=Norm("layer", bias=False),
+        residual="parallel_shared",
+        position=RelativeBias(8, 20),
+    ),
+    "relative-biases-of-each-layer": Decoder(
+        61, 32, 2, replace(attention(4), bias="qkv"), Mlp(40), position=RelativeBias(8, 20, per_layer=True)
+    ),
+    "latent": Decoder(
+        61, 32, 3, LatentAttention(4, 12, 20, 8, 4, 10, implementation="plain"), Mlp(40), first=(Mlp(48),), ahead=2
+    ),
+    "latent-one-rank": Decoder(61, 32, 2, LatentAttention(4, 12, 0, 8, 4, 10, implementation="plain"), Mlp(40)),
 }
 
 
@@ -59,9 +90,9 @@ def training_loss(model: Decoder) -> Any:
 
     def loss(params, batch):
         policy = model.bind(params, {}, Precision())
-        logits_BTV = policy.logits(policy.forward(batch).hidden)
-        log_probs_BTV = jax.nn.log_softmax(logits_BTV)
-        return -jnp.mean(jnp.take_along_axis(log_probs_BTV, batch["targets"][..., None], axis=-1))
+        output = policy.forward(batch)
+        log_probs = [jax.nn.log_softmax(policy.logits(hidden)) for hidden in (output.hidden, *output.ahead)]
+        return -sum(jnp.mean(jnp.take_along_axis(x, batch["targets"][..., None], axis=-1)) for x in log_probs)
 
     return loss
 
@@ -116,7 +147,17 @@ def test_parameter_counts_are_the_tree_s(name):
     assert counts.total == tree.size(shapes)
     outside = sum(tree.size(shapes[part]) for part in ("embedding", "position", "unembedding") if part in shapes)
     assert counts.non_embedding == tree.size(shapes) - outside
+    assert counts.ahead == (tree.size(shapes["ahead"]) if model.ahead else 0)
     assert counts.head == (tree.size(shapes["unembedding"]) if "unembedding" in shapes else 0)
+
+
+def test_parameters_of_positions_that_project_and_of_shared_experts():
+    """What the products of a program do not show: W, u and v of Transformer-XL, the gate of shared experts."""
+    base = Decoder(61, 32, 2, attention(4), Moe(4, 16, TopK(2), shared_d_ff=24, shared_gate=True))
+    model = replace(base, position=TransformerXL())
+    counts, plain = cost.params(model), cost.params(base)
+    assert counts.total == tree.size(model.shapes(Precision())) == plain.total + 2 * (32 * 32 + 2 * 32)
+    assert counts.total - counts.active == 2 * 2 * 3 * 32 * 16
 
 
 @pytest.mark.slow
