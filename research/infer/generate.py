@@ -1,73 +1,174 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text from a trained decoder: prefill the prompt, then one token at a time through the key-value cache."""
+"""The programs of generation: prefill prompts, put them into slots of a cache, and decode all slots together.
+
+Each is a jitted function of the policy and of arrays; its shapes come in buckets, so that it compiles once for each.
+"""
 
 import functools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from research.core.types import Array, UserError
+from research.core.sharding import constrain
+from research.core.types import Array, Batch
+from research.infer.sampling import Sampling
 from research.models.bound import Bound
-from research.models.cache import Cache
-from research.models.decoder import Decoder
-from research.models.positions import Learned
+from research.models.cache import Cache, CacheSpec, used
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """temperature: 0 takes the most likely token. max_tokens: tokens to add at most. stop: ids that end the text."""
+class Settings:
+    """What programs are compiled for. stop: ids that end a sequence. steps: the most tokens of a call of ``decode``."""
 
-    temperature: float = 1.0
-    max_tokens: int = 128
+    sampling: Sampling
     stop: tuple[int, ...] = ()
+    cache: CacheSpec = CacheSpec(windows="ring")
+    steps: int = 16
 
 
-def generate(
-    policy: Bound, model: Decoder, prompt: np.ndarray, *, sampling: Sampling, key: Array, vocab_size: int
-) -> np.ndarray:
-    """Token ids that follow ``prompt`` [T], up to and without a stop id.
+class Slots(NamedTuple):
+    """Sequences in the making, one for each of B slots. last: the token that comes next into the cache; made: tokens
+    drawn so far, of at most ``limit``; live: whether it goes on; keys [B, ...]: the seeds' key data; seen [B, V]."""
 
-    vocab_size: ids from there on have no text (a padded head) and are never drawn. Raises UserError where
-    prompt and tokens do not fit the model's position table.
-    """
-    slots = len(prompt) + sampling.max_tokens
-    if not len(prompt):
-        raise UserError("The prompt is empty: give at least one token.")
-    if isinstance(model.position, Learned) and slots > model.position.max_length:
-        raise UserError(
-            f"A prompt of {len(prompt)} tokens and {sampling.max_tokens} more do not fit the model's table of "
-            f"{model.position.max_length} positions: ask for fewer."
-        )
-    cache = model.empty_cache(batch=1, slots=slots, precision=policy.module.precision)
-    logits, cache = _extend(policy, jnp.asarray(prompt, jnp.int32)[None, :], cache)
-    found: list[int] = []
-    for index in range(sampling.max_tokens):
-        token = int(_draw(logits, jax.random.fold_in(key, index), sampling.temperature, vocab_size))
-        if token in sampling.stop:
-            break
-        found.append(token)
-        logits, cache = _extend(policy, jnp.full((1, 1), token, jnp.int32), cache)
-    return np.asarray(found, np.int32)
+    cache: Cache
+    last: Array
+    made: Array
+    limit: Array
+    live: Array
+    keys: Array
+    seen: Array | None
 
 
-@functools.partial(jax.jit, donate_argnums=2)
-def _extend(policy: Bound, tokens_BT: Array, cache: Cache) -> tuple[Array, Cache]:
-    """Logits [B, V] after the last of the tokens, and the cache with them in it."""
-    offsets = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-    batch = {
-        "tokens": tokens_BT,
-        "positions": cache.length[:, None] + offsets[None, :],
-        "segment_ids": jnp.ones_like(tokens_BT),
-    }
-    output = policy.forward(batch, cache)
-    return policy.logits(output.hidden[:, -1]), output.cache
+class Prefilled(NamedTuple):
+    """Prompts of R rows: their cache, the logits after each [R, V], and the tokens they hold [R, V]."""
+
+    cache: Cache
+    logits: Array
+    seen: Array | None
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _draw(logits_BV: Array, key: Array, temperature: float, vocab_size: int) -> Array:
-    logits_V = logits_BV[0, :vocab_size].astype(jnp.float32)
-    if temperature == 0:
-        return jnp.argmax(logits_V)
-    return jax.random.categorical(key, logits_V / temperature)
+def bucket(count: int, *, least: int = 16) -> int:
+    """The length that arrays of ``count`` are padded to: a power of two up to 512, then a multiple of 256."""
+    if count > 512:
+        return -(-count // 256) * 256
+    return max(least, 1 << (count - 1).bit_length())
+
+
+def batch_of(tokens_BT: Array, length_B: Array, real_BT: Array) -> Batch:
+    """Tokens that follow ``length`` others of their row."""
+    positions = length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
+    return {"tokens": tokens_BT, "positions": positions, "segment_ids": real_BT.astype(jnp.int32)}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty(model: Any, precision: Any, settings: Settings, slots: tuple[int, int]) -> Slots:
+    """slots: how many, and of how many tokens each."""
+    count, length = slots
+    cache = model.empty_cache(batch=count, slots=length, precision=precision, spec=settings.cache)
+    zeros = jnp.zeros((count,), jnp.int32)
+    keys = jnp.tile(jax.random.key_data(jax.random.key(0))[None], (count, 1))
+    seen = jnp.zeros((count, model.vocab_size), bool) if settings.sampling.remembers else None
+    return Slots(Cache(used(cache.layers), cache.length), zeros, zeros, zeros, zeros > 0, keys, seen)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def prefill(model: Any, policy: Bound, tokens_RT: Array, length_R: Array, settings: Settings) -> Prefilled:
+    """Prompts [R, T] of ``length`` tokens each, the rest padding."""
+    rows, width = tokens_RT.shape
+    cache = model.empty_cache(batch=rows, slots=width, precision=policy.module.precision, spec=settings.cache)
+    real = jnp.arange(width)[None, :] < length_R[:, None]
+    output = policy.forward(batch_of(tokens_RT, cache.length, real), cache)
+    last = jnp.maximum(length_R - 1, 0)[:, None, None]
+    hidden_RD = jnp.take_along_axis(output.hidden, last, axis=1)[:, 0]
+    seen = None
+    if settings.sampling.remembers:
+        seen = jnp.zeros((rows, model.vocab_size), bool).at[jnp.arange(rows)[:, None], tokens_RT].max(real)
+    return Prefilled(output.cache, constrain(policy.logits(hidden_RD), "batch", None), seen)
+
+
+@functools.partial(jax.jit, static_argnums=6, donate_argnums=0)
+def admit(
+    slots: Slots, prompts: Prefilled, row_N: Array, slot_N: Array, limit_N: Array, keys_N: Array, settings: Settings
+) -> tuple[Slots, Array, Array]:
+    """Puts prefilled rows into slots (those beyond the last slot are dropped) and draws a first token of each [N], with
+    its log-probability. A row may go into several slots."""
+
+    def copied(to: Array, rows: Array) -> Array:
+        width = min(to.shape[3], rows.shape[3])
+        return to.at[:, slot_N, :, :width].set(rows[:, row_N, :, :width], mode="drop")
+
+    leaves, tree = jax.tree.flatten(slots.cache.layers)
+    taken = jax.tree.leaves(prompts.cache.layers)
+    layers = jax.tree.unflatten(tree, [copied(to, rows) for to, rows in zip(leaves, taken, strict=True)])
+    seen_NV = None if prompts.seen is None else prompts.seen[row_N]
+    first, log_probs = settings.sampling.draw(
+        prompts.logits[row_N], jax.random.wrap_key_data(keys_N), jnp.zeros_like(row_N), seen_NV
+    )
+    live = (limit_N > 1) & ~_in(first, settings.stop)
+
+    def put(to: Array, values: Array) -> Array:
+        return to.at[slot_N].set(values, mode="drop")
+
+    seen = slots.seen
+    if seen is not None and seen_NV is not None:
+        seen = put(seen, seen_NV.at[jnp.arange(len(first)), first].set(True))
+    slots = Slots(
+        cache=Cache(layers, put(slots.cache.length, prompts.cache.length[row_N])),
+        last=put(slots.last, first),
+        made=put(slots.made, jnp.ones_like(first)),
+        limit=put(slots.limit, limit_N),
+        live=put(slots.live, live),
+        keys=put(slots.keys, keys_N),
+        seen=seen,
+    )
+    return slots, constrain(first, None), constrain(log_probs, None)
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
+def decode(policy: Bound, slots: Slots, waiting: Array, settings: Settings) -> tuple[Slots, Array, Array, Array]:
+    """Up to ``settings.steps`` tokens of every live slot: tokens [B, steps], -1 where there is none, their
+    log-probabilities, and which slots are live. With others waiting it returns as soon as a slot is free."""
+    count = slots.last.shape[0]
+    tokens = jnp.full((settings.steps, count), -1, jnp.int32)
+    log_probs = jnp.zeros((settings.steps, count), jnp.float32)
+    before = jnp.sum(slots.live)
+
+    def going(carry: tuple) -> Array:
+        slots, index, _, _ = carry
+        live = jnp.sum(slots.live)
+        return (index < settings.steps) & (live > 0) & ~(waiting & (live < before))
+
+    def step(carry: tuple) -> tuple:
+        slots, index, tokens, log_probs = carry
+        slots, token_B, log_prob_B = one_step(policy, slots, settings)
+        return slots, index + 1, tokens.at[index].set(token_B), log_probs.at[index].set(log_prob_B)
+
+    slots, _, tokens, log_probs = jax.lax.while_loop(going, step, (slots, jnp.zeros((), jnp.int32), tokens, log_probs))
+    return slots, constrain(tokens.T, None, None), constrain(log_probs.T, None, None)
+
+
+def one_step(policy: Bound, slots: Slots, settings: Settings) -> tuple[Slots, Array, Array]:
+    """The next token of each slot [B] (-1 where it is not live) and its log-probability."""
+    output = policy.forward(batch_of(slots.last[:, None], slots.cache.length, slots.live[:, None]), slots.cache)
+    logits_BV = constrain(policy.logits(output.hidden[:, 0]), "batch", None)
+    keys = jax.random.wrap_key_data(slots.keys)
+    token_B, log_prob_B = settings.sampling.draw(logits_BV, keys, slots.made, slots.seen)
+    made = slots.made + slots.live
+    live = slots.live & (made < slots.limit) & ~_in(token_B, settings.stop)
+    seen = slots.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(token_B)), token_B].max(slots.live)
+    after = Slots(output.cache, jnp.where(slots.live, token_B, slots.last), made, slots.limit, live, slots.keys, seen)
+    return after, jnp.where(slots.live, token_B, -1), jnp.where(slots.live, log_prob_B, 0.0)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def stopped(slots: Slots, ended_B: Array) -> Slots:
+    """Ends slots: text that comes out of them has met a stop string."""
+    return slots._replace(live=slots.live & ~ended_B)
+
+
+def _in(token_B: Array, ids: tuple[int, ...]) -> Array:
+    return jnp.any(token_B[:, None] == jnp.asarray(ids or (-1,), jnp.int32)[None, :], axis=1)

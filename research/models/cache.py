@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from research.core.sharding import constrain
 from research.core.types import Array, UserError
+from research.models import ring_attention
 from research.models.tokens import Tokens
 
 INT8_MAX = 127.0
@@ -42,8 +43,9 @@ class CacheSpec:
 )
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of a stack of layers alike: k [L, B, S, K, H], v [L, B, S, K, X], and for int8 their scales
-    [L, B, S, K] in float32.
+    """Keys and values of a stack of layers alike: k [L, B, K, S, H], v [L, B, K, S, X], and for int8 their scales
+    [L, B, K, S] in float32. Heads come before slots: the other way round each product would first turn the whole
+    cache, which on a CPU takes four times as long as the product.
 
     wraps: a ring, of which the slots of the ``first_tokens`` are never given to others. fresh: nothing has been
     written, so that the tokens in hand see each other alone.
@@ -59,7 +61,8 @@ class LayerCache:
 
 
 class Cache(NamedTuple):
-    """The layers' caches by stack, as the parameters are, and the number of tokens written of each row [B]."""
+    """The layers' caches by stack, as the parameters are, or a tuple with one for each repetition of a stack; and the
+    number of tokens written of each row [B]."""
 
     layers: Mapping[str, Any]
     length: Array
@@ -92,12 +95,12 @@ def empty(
     """Of a stack of layers with so many kv heads, of these widths of keys and of values."""
     ring = window + first_tokens + spec.slack
     wraps = spec.windows == "ring" and bool(window) and ring < slots
-    shape = (layers, batch, ring if wraps else slots, heads)
+    shape, axes = (layers, batch, heads, ring if wraps else slots), (None, "batch", "act_heads", None)
     dtype = compute if spec.dtype == "compute" else spec.dtype
-    k, v = (constrain(jnp.zeros((*shape, width), dtype), None, "batch", None, "act_heads", None) for width in widths)
+    k, v = (constrain(jnp.zeros((*shape, width), dtype), *axes, None) for width in widths)
     scales: list[Array | None] = [None, None]
     if spec.dtype == "int8":
-        scales = [constrain(jnp.zeros(shape, jnp.float32), None, "batch", None, "act_heads") for _ in range(2)]
+        scales = [constrain(jnp.zeros(shape, jnp.float32), *axes) for _ in range(2)]
     return LayerCache(k, v, *scales, wraps=wraps, first_tokens=first_tokens if wraps else 0, fresh=True)
 
 
@@ -114,10 +117,13 @@ def extended(
 
     Of the tokens of a row the real ones (segment above 0) come first; the others are not written.
     """
-    new = Keys(k_BTKH, v_BTKX, tokens.positions, tokens.segments, aligned=True)
+    in_order = not ring_attention.applies(
+        k_BTKH.shape[1]
+    )  # a ring takes tokens in its own order, which a cache's are not
+    new = Keys(k_BTKH, v_BTKX, tokens.positions, tokens.segments, aligned=in_order)
     if cache.fresh:
         return write(cache, place, k_BTKH, v_BTKX, tokens), new
-    slots, count = cache.k.shape[2], k_BTKH.shape[1]
+    slots, count = cache.k.shape[3], k_BTKH.shape[1]
     if not cache.wraps or count <= slots - cache.first_tokens - window + 1:
         cache = write(cache, place, k_BTKH, v_BTKX, tokens)
         return cache, read(cache, place, tokens.length + real_tokens(tokens))
@@ -135,14 +141,14 @@ def real_tokens(tokens: Tokens) -> Array:
 
 
 def write(cache: LayerCache, place: Array, k_BTKH: Array, v_BTKX: Array, tokens: Tokens) -> LayerCache:
-    slots, (batch, count) = cache.k.shape[2], k_BTKH.shape[:2]
+    slots, (batch, count) = cache.k.shape[3], k_BTKH.shape[:2]
     arrays: dict[str, Array] = {"k": k_BTKH, "v": v_BTKX}
     if cache.k_scale is not None:
         (k, k_scale), (v, v_scale) = _whole(k_BTKH), _whole(v_BTKX)
         arrays = {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
     if cache.fresh and count <= slots:  # whatever padding leaves behind lies beyond the length
         return replace(cache, **{
-            name: getattr(cache, name).at[place, :, :count].set(x.astype(getattr(cache, name).dtype))
+            name: getattr(cache, name).at[place, :, :, :count].set(x.swapaxes(1, 2).astype(getattr(cache, name).dtype))
             for name, x in arrays.items()
         })  # fmt: skip
     index = tokens.length[:, None] + jnp.arange(count)[None, :]
@@ -155,16 +161,19 @@ def write(cache: LayerCache, place: Array, k_BTKH: Array, v_BTKX: Array, tokens:
     slot = jnp.where(kept, slot, slots)  # beyond the end: dropped
     rows = jnp.arange(batch)[:, None]
     return replace(cache, **{
-        name: getattr(cache, name).at[place, rows, slot].set(x.astype(getattr(cache, name).dtype), mode="drop")
+        name: getattr(cache, name).at[place, rows, :, slot].set(x.astype(getattr(cache, name).dtype), mode="drop")
         for name, x in arrays.items()
     })  # fmt: skip
 
 
 def read(cache: LayerCache, place: Array, length_B: Array) -> Keys:
     """Layer ``place`` with ``length`` tokens written."""
-    take = functools.partial(jax.lax.dynamic_index_in_dim, index=place, axis=0, keepdims=False)
+
+    def take(x: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(x, place, 0, keepdims=False).swapaxes(1, 2)
+
     scales = None if cache.k_scale is None else (take(cache.k_scale), take(cache.v_scale))
-    slot, length = jnp.arange(cache.k.shape[2])[None, :], length_B[:, None]
+    slot, length = jnp.arange(cache.k.shape[3])[None, :], length_B[:, None]
     positions = jnp.broadcast_to(slot, (length_B.shape[0], slot.shape[1]))
     filled = slot < length
     if cache.wraps:

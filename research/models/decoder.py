@@ -279,15 +279,16 @@ class Decoder:
         precision: Precision,
         spec: CacheSpec = CacheSpec(),  # noqa: B008
     ) -> Cache:
-        """For ``batch`` rows of at most ``slots`` tokens."""
-        layers: dict[str, Any] = {}
-        for name, part in self.stacks.items():
+        """For ``batch`` rows of at most ``slots`` tokens. Layers that are scanned have one cache, stacked; unrolled ones
+        have one each, so that none is ever taken out of another."""
+
+        def one(part: Stack, repeats: int) -> Any:
             made = {}
             for path, (attention, _) in by_block(part.kinds).items():
                 heads, widths = attention.stored(self.d_model)
                 made[path] = caches.empty(
                     spec,
-                    layers=part.repeats,
+                    layers=repeats,
                     batch=batch,
                     slots=slots,
                     heads=heads,
@@ -296,7 +297,14 @@ class Decoder:
                     first_tokens=attention.first_tokens,
                     compute=precision.compute,
                 )
-            layers[name] = made[()] if () in made else {path[0]: cache for path, cache in made.items()}
+            return made[()] if () in made else {path[0]: cache for path, cache in made.items()}
+
+        layers = {
+            name: one(part, part.repeats)
+            if self.layers == "scanned"
+            else tuple(one(part, 1) for _ in range(part.repeats))
+            for name, part in self.stacks.items()
+        }
         return Cache(layers, constrain(jnp.zeros((batch,), jnp.int32), "batch"))
 
 
@@ -405,9 +413,26 @@ class _Decoder(nn.Module):
             if name == "layers" and layers is None and (schedule := self._schedule(x_BTD.shape[0])) is not None:
                 x_BTD, stats[name] = self._pipelined(x_BTD, indices, tokens, schedule)
                 continue
+            if layers is not None and isinstance(layers[name], tuple):
+                x_BTD, found[name], stats[name] = self._one_by_one(name, part, x_BTD, layers[name], tokens)
+                continue
             mine = None if layers is None else layers[name]
             (x_BTD, found[name]), stats[name] = getattr(self, name)((x_BTD, mine), indices, places, tokens)
         return x_BTD, found, stats
+
+    def _one_by_one(
+        self, name: str, part: Stack, x_BTD: Array, layers: tuple, tokens: Tokens
+    ) -> tuple[Array, tuple, Params]:
+        """Through the repetitions of a stack that have a cache each: nothing but new tokens is written anywhere."""
+        layer, stats, found = one_of(part.kinds, self.config.wiring, self.parts), [], []
+        given = [self.variables.get(kind, {}).get(name, {}) for kind in ("params", "buffers")]
+        for number, cache in enumerate(layers):
+            params, buffers = jax.tree.map(lambda w, number=number: w[number], given)
+            index = part.start + number * len(part.kinds)
+            (x_BTD, cache), one = layer(params, buffers, (x_BTD, cache), index, tokens)
+            found.append(cache)
+            stats.append(one)
+        return x_BTD, tuple(found), jax.tree.map(lambda *x: jnp.stack(x), *stats)
 
     def _ahead(self, hidden_BTD: Array, ids_BT: Array, tokens: Tokens, *, ring: bool) -> tuple[list[Array], Params]:
         """Hidden states [B, T, D] that predict further tokens, and the modules' statistics. ids: in order."""
@@ -425,7 +450,12 @@ class _Decoder(nn.Module):
         self, x_BTD: Array, indices: Array, tokens: Tokens, schedule: tuple[int, int]
     ) -> tuple[Array, Params]:
         c = self.config
-        layer = one_of(c.period, c.wiring, replace(self.parts, taken=("stage",)))
+        one = one_of(c.period, c.wiring, replace(self.parts, taken=("stage",)))
+
+        def layer(params: Params, buffers: Params, x_BTD: Array, index: Array, tokens: Tokens) -> tuple[Array, Params]:
+            (x_BTD, _), found = one(params, buffers, (x_BTD, None), index, tokens)
+            return x_BTD, found
+
         params, buffers = (self.variables.get(kind, {}).get("layers", {}) for kind in ("params", "buffers"))
         axes, policy = c.logical_axes()["layers"], stage_policy(c.remat)
         return pipelined(layer, params, buffers, axes, x_BTD, indices, tokens, schedule=schedule, policy=policy)

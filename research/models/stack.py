@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The residual stack: blocks of attention and feed-forward, scanned over layers, with a choice of what to recompute."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from research.core.sharding import constrain
 from research.core.types import Array, Params
@@ -16,7 +15,7 @@ from research.models.latent_attention import LatentAttention
 from research.models.layers import PRODUCT, Build, Norm
 from research.models.mlp import Mlp
 from research.models.moe import Moe
-from research.models.pipeline import WEIGHTS, Layer
+from research.models.pipeline import WEIGHTS
 from research.models.tokens import Tokens
 
 Remat = Literal["none", "full", "save_matmuls", "save_weight_matmuls"]
@@ -154,15 +153,14 @@ def stack(
     )(**fields)
 
 
-def one_of(kinds: tuple[Kind, ...], wiring: Wiring, build: Build) -> Layer:
-    """One repetition of a stack as a function of its parameters and buffers, that recomputes nothing by itself."""
+def one_of(kinds: tuple[Kind, ...], wiring: Wiring, build: Build) -> Callable[..., tuple[Carry, Params]]:
+    """One repetition of a stack as a function of its parameters and buffers, a carry whose caches are of this one
+    repetition, the layer's index and tokens. It recomputes nothing by itself."""
     body, fields = _body(kinds, wiring, build, "none", prevent_cse=False)
     module = body(**fields, parent=None)
 
-    def layer(params: Params, buffers: Params, x_BTD: Array, index: Array, tokens: Tokens) -> tuple[Array, Params]:
-        variables = {"params": params, "buffers": buffers}
-        (x_BTD, _), found = module.apply(variables, (x_BTD, None), index, jnp.zeros((), jnp.int32), tokens)
-        return x_BTD, found
+    def layer(params: Params, buffers: Params, carry: Carry, index: Any, tokens: Tokens) -> tuple[Carry, Params]:
+        return module.apply({"params": params, "buffers": buffers}, carry, index, 0, tokens)
 
     return layer
 

@@ -46,7 +46,7 @@ def test_a_ring_is_the_whole_sequence_in_whatever_pieces(sizes):
     batch = tiny.batch(rows=2, length=20)
     whole = forward(WINDOW, params_of(WINDOW), batch).hidden
     cache = WINDOW.empty_cache(batch=2, slots=20, precision=Precision(), spec=RING)
-    assert cache.layers["layers"]["block0"].k.shape[2] == 8  # the window and the first tokens
+    assert cache.layers["layers"]["block0"].k.shape[3] == 8  # the window and the first tokens
     found, start = [], 0
     for size in sizes:
         output = forward(WINDOW, params_of(WINDOW), piece(batch, [start] * 2, size), cache)
