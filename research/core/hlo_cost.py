@@ -23,6 +23,7 @@ FREE = {
 }  # fmt: skip
 NO_WORK = ("AllocateBuffer", "ConcatBitcast")
 SLICES = ("dynamic-slice", "slice", "gather")
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # and which operand is put into the array, in place
 ATTENTION = {"fwd": 2, "dq": 3, "dkv": 4}  # products over all pairs of positions in each kernel of splash attention
 
 
@@ -162,53 +163,56 @@ def _moved(program: Program, place: str, instruction: Instruction) -> float:
         return 0.0
     if opcode in SLICES:
         return in_hbm(instruction.type) + hlo.size(instruction.type)
-    if opcode == "dynamic-update-slice":
-        update = here.get(instruction.operands[1])
+    if opcode in UPDATES:
+        update = here.get(instruction.operands[UPDATES[opcode]])
         return 2.0 * (hlo.size(update.type) if update is not None else 0)
     if opcode == "fusion":
         (inner,) = hlo.called(instruction)[:1] or ("",)
         if inner in program.computations:
-            return _fusion(program, place, instruction, program.computations[inner])
+            return _fusion(program, place, instruction, inner)
     taken = [here[name].type for name in instruction.operands if name in here]
     return in_hbm(instruction.type) + sum(in_hbm(kind) for kind in taken)
 
 
-def _fusion(program: Program, place: str, instruction: Instruction, inside: dict[str, Instruction]) -> float:
+def _fusion(program: Program, place: str, instruction: Instruction, inner: str) -> float:
     here, total = program.computations[place], 0.0
-    users: dict[str, list[Instruction]] = {}
-    for one in inside.values():
-        for name in one.operands:
-            users.setdefault(name, []).append(one)
-    parameters = {hlo.literal(i): i.name for i in inside.values() if i.opcode == "parameter"}
     for index, name in enumerate(instruction.operands):
         operand = here.get(name)
-        if operand is None or not (whole := in_hbm(operand.type)):
-            continue
-        total += min(whole, _read(parameters.get(index, ""), users, inside, whole))
+        if operand is not None and (whole := in_hbm(operand.type)):
+            total += min(whole, _read(program, inner, index, whole))
+    inside = program.computations[inner]
     return total + _written(hlo.root(inside), inside, instruction.type)
 
 
-def _read(name: str, users: dict[str, list[Instruction]], inside: dict[str, Instruction], whole: float) -> float:
-    """Bytes that a fusion reads of a parameter: slices where slices are all it takes."""
+def _read(program: Program, place: str, index: int, whole: float) -> float:
+    """Bytes that a fusion's computation reads of its parameter ``index``: slices where slices are all it takes, in
+    fusions within it too."""
+    inside = program.computations[place]
+    names = {i.name for i in inside.values() if i.opcode == "parameter" and hlo.literal(i) == index}
     total = 0.0
-    for user in users.get(name, ()):
+    for user in inside.values():  # a value comes before its users
+        taken = [number for number, name in enumerate(user.operands) if name in names]
+        if not taken:
+            continue
         if user.opcode == "bitcast":
-            total += _read(user.name, users, inside, whole)
-        elif user.opcode in SLICES and user.operands[0] == name:
+            names.add(user.name)
+        elif user.opcode in SLICES and taken == [0]:
             total += hlo.size(user.type)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+        elif user.opcode in UPDATES and taken == [0]:
             continue  # changed in place: what is written is counted
+        elif user.opcode == "fusion" and (called := hlo.called(user)) and called[0] in program.computations:
+            total += sum(_read(program, called[0], number, whole) for number in taken)
         else:
             return whole
-    return total
+    return min(total, whole)
 
 
 def _written(root: Instruction, inside: dict[str, Instruction], type_text: str) -> float:
     """Bytes that a fusion writes: of an array that is changed in place, what is put into it."""
     if root.opcode == "bitcast" and root.operands[0] in inside:
         return _written(inside[root.operands[0]], inside, type_text)
-    if root.opcode == "dynamic-update-slice" and root.operands[1] in inside:
-        return min(in_hbm(type_text), hlo.size(inside[root.operands[1]].type))
+    if root.opcode in UPDATES and root.operands[UPDATES[root.opcode]] in inside:
+        return min(in_hbm(type_text), hlo.size(inside[root.operands[UPDATES[root.opcode]]].type))
     if root.opcode == "tuple":
         parts = [inside[name] for name in root.operands if name in inside]
         return sum(_written(part, inside, part.type) for part in parts)

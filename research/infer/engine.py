@@ -138,11 +138,12 @@ class _Run:
     """What one run keeps on the host: who is in which slot, and who waits."""
 
     def __init__(self, engine: Engine, policy: Bound, requests: Sequence[Request], length: int) -> None:
-        self.policy, self.settings = unrolled(policy), engine.settings
+        self.policy, settings = unrolled(policy), engine.settings
+        self.settings = replace(settings, cache=settings.cache.on(policy.module.platform))
         self.model, precision = self.policy.module.config, policy.module.precision
         self.prompts, self.waiting = deque(enumerate(requests)), deque[_Sequence]()
         self.prefilled: Prefilled | None = None
-        self.slots: Slots = programs.empty(self.model, precision, self.settings, (engine.slots, length))
+        self.slots: Slots = programs.empty(self.model, precision, self.settings, engine.slots, length)
         self.inside: list[_Sequence | None] = [None] * engine.slots
         self.news: list[tuple[Result, int]] = []
 

@@ -6,16 +6,17 @@ Each is a jitted function of the policy and of arrays; its shapes come in bucket
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from research.core.sharding import constrain
-from research.core.types import Array, Batch
+from research.core.types import Array, Batch, Precision
 from research.infer.sampling import Sampling
 from research.models.bound import Bound
-from research.models.cache import Cache, CacheSpec, used
+from research.models.cache import Cache, CacheSpec, LayerCache, used
+from research.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,10 @@ def batch_of(tokens_BT: Array, length_B: Array, real_BT: Array) -> Batch:
     return {"tokens": tokens_BT, "positions": positions, "segment_ids": real_BT.astype(jnp.int32)}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def empty(model: Any, precision: Any, settings: Settings, slots: tuple[int, int]) -> Slots:
-    """slots: how many, and of how many tokens each."""
-    count, length = slots
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def empty(model: Decoder, precision: Precision, settings: Settings, slots: int, length: int) -> Slots:
+    """So many slots, each of so many tokens."""
+    count = slots
     cache = model.empty_cache(batch=count, slots=length, precision=precision, spec=settings.cache)
     zeros = jnp.zeros((count,), jnp.int32)
     keys = jnp.tile(jax.random.key_data(jax.random.key(0))[None], (count, 1))
@@ -74,7 +75,7 @@ def empty(model: Any, precision: Any, settings: Settings, slots: tuple[int, int]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def prefill(model: Any, policy: Bound, tokens_RT: Array, length_R: Array, settings: Settings) -> Prefilled:
+def prefill(model: Decoder, policy: Bound, tokens_RT: Array, length_R: Array, settings: Settings) -> Prefilled:
     """Prompts [R, T] of ``length`` tokens each, the rest padding."""
     rows, width = tokens_RT.shape
     cache = model.empty_cache(batch=rows, slots=width, precision=policy.module.precision, spec=settings.cache)
@@ -85,7 +86,12 @@ def prefill(model: Any, policy: Bound, tokens_RT: Array, length_R: Array, settin
     seen = None
     if settings.sampling.remembers:
         seen = jnp.zeros((rows, model.vocab_size), bool).at[jnp.arange(rows)[:, None], tokens_RT].max(real)
-    return Prefilled(output.cache, constrain(policy.logits(hidden_RD), "batch", None), seen)
+    return Prefilled(output.cache, logits_of(policy, hidden_RD), seen)
+
+
+def logits_of(policy: Bound, hidden_BD: Array) -> Array:
+    """[B, V], whole on every device: as one token each, so that a head that lies split is multiplied as it lies."""
+    return constrain(policy.logits(hidden_BD[:, None])[:, 0], "batch", None)
 
 
 @functools.partial(jax.jit, static_argnums=6, donate_argnums=0)
@@ -95,13 +101,13 @@ def admit(
     """Puts prefilled rows into slots (those beyond the last slot are dropped) and draws a first token of each [N], with
     its log-probability. A row may go into several slots."""
 
-    def copied(to: Array, rows: Array) -> Array:
-        width = min(to.shape[3], rows.shape[3])
-        return to.at[:, slot_N, :, :width].set(rows[:, row_N, :, :width], mode="drop")
-
-    leaves, tree = jax.tree.flatten(slots.cache.layers)
-    taken = jax.tree.leaves(prompts.cache.layers)
-    layers = jax.tree.unflatten(tree, [copied(to, rows) for to, rows in zip(leaves, taken, strict=True)])
+    is_cache = lambda x: isinstance(x, LayerCache)  # noqa: E731
+    layers = jax.tree.map(
+        lambda mine, theirs: mine.with_rows(theirs, row_N, slot_N),
+        slots.cache.layers,
+        prompts.cache.layers,
+        is_leaf=is_cache,
+    )
     seen_NV = None if prompts.seen is None else prompts.seen[row_N]
     first, log_probs = settings.sampling.draw(
         prompts.logits[row_N], jax.random.wrap_key_data(keys_N), jnp.zeros_like(row_N), seen_NV
@@ -152,7 +158,7 @@ def decode(policy: Bound, slots: Slots, waiting: Array, settings: Settings) -> t
 def one_step(policy: Bound, slots: Slots, settings: Settings) -> tuple[Slots, Array, Array]:
     """The next token of each slot [B] (-1 where it is not live) and its log-probability."""
     output = policy.forward(batch_of(slots.last[:, None], slots.cache.length, slots.live[:, None]), slots.cache)
-    logits_BV = constrain(policy.logits(output.hidden[:, 0]), "batch", None)
+    logits_BV = logits_of(policy, output.hidden[:, 0])
     keys = jax.random.wrap_key_data(slots.keys)
     token_B, log_prob_B = settings.sampling.draw(logits_BV, keys, slots.made, slots.seen)
     made = slots.made + slots.live

@@ -25,27 +25,36 @@ INT8_MAX = 127.0
 class CacheSpec:
     """How caches are stored. dtype: "compute" is that of the model's products; "int8" has a scale for each token and
     head. windows: layers with a window keep all tokens ("full") or the last ones ("ring"), those of the window and
-    ``slack`` more, so that a ring may be rolled back by so many."""
+    ``slack`` more, so that a ring may be rolled back by so many.
+
+    order: which comes first in memory, heads or slots. On a CPU products of slots-first arrays first turn the whole
+    cache, which takes four times as long as they do; on a TPU it is the writing of tokens into heads-first ones that
+    turns it.
+    """
 
     dtype: Literal["compute", "float32", "bfloat16", "int8"] = "compute"
     windows: Literal["full", "ring"] = "full"
     slack: int = 0
+    order: Literal["heads", "slots"] = "heads"
 
     def __post_init__(self) -> None:
         if self.slack < 0:
             raise UserError(f"A cache's slack is {self.slack}: it must be at least 0.")
 
+    def on(self, platform: str) -> "CacheSpec":
+        """The same in the order that suits a platform."""
+        return replace(self, order="heads" if platform == "cpu" else "slots")
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("k", "v", "k_scale", "v_scale"),
-    meta_fields=("wraps", "first_tokens", "fresh"),
+    meta_fields=("wraps", "first_tokens", "fresh", "heads_first"),
 )
 @dataclass(frozen=True)
 class LayerCache:
     """Keys and values of a stack of layers alike: k [L, B, K, S, H], v [L, B, K, S, X], and for int8 their scales
-    [L, B, K, S] in float32. Heads come before slots: the other way round each product would first turn the whole
-    cache, which on a CPU takes four times as long as the product.
+    [L, B, K, S] in float32; or with K and S in the other order.
 
     wraps: a ring, of which the slots of the ``first_tokens`` are never given to others. fresh: nothing has been
     written, so that the tokens in hand see each other alone.
@@ -58,6 +67,22 @@ class LayerCache:
     wraps: bool = field(default=False)
     first_tokens: int = field(default=0)
     fresh: bool = field(default=False)
+    heads_first: bool = field(default=True)
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[3 if self.heads_first else 2]
+
+    def with_rows(self, other: "LayerCache", take: Array, put: Array) -> "LayerCache":
+        """Rows ``take`` of another cache in the rows ``put`` of this one; beyond the last row they are dropped."""
+        width = slice(min(self.slots, other.slots))
+        part = (slice(None), width) if self.heads_first else (width,)
+        arrays = {}
+        for name in ("k", "v", "k_scale", "v_scale"):
+            to, rows = getattr(self, name), getattr(other, name)
+            if to is not None:
+                arrays[name] = to.at[:, put, *part].set(rows[:, take, *part], mode="drop")
+        return replace(self, **arrays)
 
 
 class Cache(NamedTuple):
@@ -96,12 +121,15 @@ def empty(
     ring = window + first_tokens + spec.slack
     wraps = spec.windows == "ring" and bool(window) and ring < slots
     shape, axes = (layers, batch, heads, ring if wraps else slots), (None, "batch", "act_heads", None)
+    if spec.order == "slots":
+        shape, axes = (*shape[:2], shape[3], heads), (None, "batch", None, "act_heads")
     dtype = compute if spec.dtype == "compute" else spec.dtype
     k, v = (constrain(jnp.zeros((*shape, width), dtype), *axes, None) for width in widths)
     scales: list[Array | None] = [None, None]
     if spec.dtype == "int8":
         scales = [constrain(jnp.zeros(shape, jnp.float32), *axes) for _ in range(2)]
-    return LayerCache(k, v, *scales, wraps=wraps, first_tokens=first_tokens if wraps else 0, fresh=True)
+    kept = first_tokens if wraps else 0
+    return LayerCache(k, v, *scales, wraps=wraps, first_tokens=kept, fresh=True, heads_first=spec.order == "heads")
 
 
 def used(layers: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -123,7 +151,7 @@ def extended(
     new = Keys(k_BTKH, v_BTKX, tokens.positions, tokens.segments, aligned=in_order)
     if cache.fresh:
         return write(cache, place, k_BTKH, v_BTKX, tokens), new
-    slots, count = cache.k.shape[3], k_BTKH.shape[1]
+    slots, count = cache.slots, k_BTKH.shape[1]
     if not cache.wraps or count <= slots - cache.first_tokens - window + 1:
         cache = write(cache, place, k_BTKH, v_BTKX, tokens)
         return cache, read(cache, place, tokens.length + real_tokens(tokens))
@@ -141,39 +169,49 @@ def real_tokens(tokens: Tokens) -> Array:
 
 
 def write(cache: LayerCache, place: Array, k_BTKH: Array, v_BTKX: Array, tokens: Tokens) -> LayerCache:
-    slots, (batch, count) = cache.k.shape[3], k_BTKH.shape[:2]
+    slots, (batch, count) = cache.slots, k_BTKH.shape[:2]
     arrays: dict[str, Array] = {"k": k_BTKH, "v": v_BTKX}
     if cache.k_scale is not None:
         (k, k_scale), (v, v_scale) = _whole(k_BTKH), _whole(v_BTKX)
         arrays = {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
     if cache.fresh and count <= slots:  # whatever padding leaves behind lies beyond the length
-        return replace(cache, **{
-            name: getattr(cache, name).at[place, :, :, :count].set(x.swapaxes(1, 2).astype(getattr(cache, name).dtype))
-            for name, x in arrays.items()
-        })  # fmt: skip
+
+        def put(to: Array, x: Array) -> Array:
+            x = x.astype(to.dtype)
+            if cache.heads_first:
+                return to.at[place, :, :, :count].set(x.swapaxes(1, 2))
+            return to.at[place, :, :count].set(x)
+    else:
+        rows, slot = jnp.arange(batch)[:, None], _slots_of(cache, tokens, count)
+
+        def put(to: Array, x: Array) -> Array:
+            index = (place, rows, slice(None), slot) if cache.heads_first else (place, rows, slot)
+            return to.at[index].set(x.astype(to.dtype), mode="drop")
+
+    return replace(cache, **{name: put(getattr(cache, name), x) for name, x in arrays.items()})
+
+
+def _slots_of(cache: LayerCache, tokens: Tokens, count: int) -> Array:
+    """[B, T]: where each of the tokens in hand goes; beyond the end where nowhere."""
     index = tokens.length[:, None] + jnp.arange(count)[None, :]
-    end = (tokens.length + real_tokens(tokens))[:, None]
     slot, kept = index, tokens.segments > 0
     if cache.wraps:
-        turning = slots - cache.first_tokens
-        slot = jnp.where(index < cache.first_tokens, index, cache.first_tokens + (index - cache.first_tokens) % turning)
-        kept &= (index >= end - turning) | (index < cache.first_tokens)
-    slot = jnp.where(kept, slot, slots)  # beyond the end: dropped
-    rows = jnp.arange(batch)[:, None]
-    return replace(cache, **{
-        name: getattr(cache, name).at[place, rows, :, slot].set(x.astype(getattr(cache, name).dtype), mode="drop")
-        for name, x in arrays.items()
-    })  # fmt: skip
+        end, first = (tokens.length + real_tokens(tokens))[:, None], cache.first_tokens
+        turning = cache.slots - first
+        slot = jnp.where(index < first, index, first + (index - first) % turning)
+        kept &= (index >= end - turning) | (index < first)
+    return jnp.where(kept, slot, cache.slots)
 
 
 def read(cache: LayerCache, place: Array, length_B: Array) -> Keys:
     """Layer ``place`` with ``length`` tokens written."""
 
     def take(x: Array) -> Array:
-        return jax.lax.dynamic_index_in_dim(x, place, 0, keepdims=False).swapaxes(1, 2)
+        x = jax.lax.dynamic_index_in_dim(x, place, 0, keepdims=False)
+        return x.swapaxes(1, 2) if cache.heads_first else x
 
     scales = None if cache.k_scale is None else (take(cache.k_scale), take(cache.v_scale))
-    slot, length = jnp.arange(cache.k.shape[3])[None, :], length_B[:, None]
+    slot, length = jnp.arange(cache.slots)[None, :], length_B[:, None]
     positions = jnp.broadcast_to(slot, (length_B.shape[0], slot.shape[1]))
     filled = slot < length
     if cache.wraps:

@@ -10,11 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from research.core.sharding import Split, constrain, parameter_splits
+from research.core.sharding import Split, constrain, parameter_splits, partitioned
 from research.core.tree import at, put
 from research.core.types import Array, Batch, Metrics, Output, Params, Precision, UserError
 from research.models import cache as caches
-from research.models import moe, ring_attention
+from research.models import moe, ring_attention, sharded
 from research.models.ahead import ahead, shifted
 from research.models.attention import RelativeTable
 from research.models.bound import Bound
@@ -279,8 +279,8 @@ class Decoder:
         precision: Precision,
         spec: CacheSpec = CacheSpec(),  # noqa: B008
     ) -> Cache:
-        """For ``batch`` rows of at most ``slots`` tokens. Layers that are scanned have one cache, stacked; unrolled ones
-        have one each, so that none is ever taken out of another."""
+        """For ``batch`` rows of at most ``slots`` tokens. Layers that are scanned have one cache, stacked; unrolled
+        ones have one each, so that none is ever taken out of another."""
 
         def one(part: Stack, repeats: int) -> Any:
             made = {}
@@ -466,9 +466,13 @@ class _Decoder(nn.Module):
         if c.head == "untied":
             logits = self.unembedding(hidden)
         else:
-            table_VD = self.embedding.table_VD.astype(dtype)
-            contract = ((hidden.ndim - 1,), (1,))
-            logits = jax.lax.dot_general(hidden.astype(dtype), table_VD, (contract, ((), ())))
+            hidden, table_VD = hidden.astype(dtype), self.embedding.table_VD.astype(dtype)
+            if partitioned() and hidden.ndim == 3:  # as it lies: the compiler might gather the table
+                axes = ("embed", "vocab")
+                (logits,) = sharded.linear(hidden, [table_VD.T], [axes], platform=self.platform)
+            else:
+                contract = ((hidden.ndim - 1,), (1,))
+                logits = jax.lax.dot_general(hidden, table_VD, (contract, ((), ())))
         if c.logit_scale != 1.0:
             logits = logits * jnp.asarray(c.logit_scale, logits.dtype)
         return capped(logits, c.logit_cap) if c.logit_cap else logits

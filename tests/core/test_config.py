@@ -69,7 +69,7 @@ def test_override_reaches_into_tuples():
         ("model.d_model=1.5", ["'1.5' is not a whole number"]),
         ("optimizer.peak=big", ["'big' is not a number"]),
         ("source.shuffle=maybe", ["true or false"]),
-        ("model.mlp.activation=tanh", ["one of swiglu, geglu, gelu, relu"]),
+        ("model.mlp.activation=tanh", ["one of swiglu, geglu, gelu, gelu_exact, relu"]),
         ("model=big", ["whole Decoder", "d_model"]),
         ("evals.3.every=1", ["not an index", "0 to 0"]),
         ("model.d_model.x=1", ["below a int"]),
