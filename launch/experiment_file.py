@@ -101,7 +101,7 @@ def _from_study(planned: Sequence[Planned], like: Like) -> str:
             f'"{run.name}": planned(\n    "{run.name}", like={quoted(like.nearest(cost.params(m).total))}, '
             f"flops={run.flops:.6g}, seed={seeds[run.name]},\n"
             f"    d_model={m.d_model}, num_layers={m.num_layers}, num_heads={m.attentions[0].num_heads}, "
-            f"num_kv_heads={m.attentions[0].num_kv_heads}, d_ff={run.mlp.d_ff},\n),"
+            f"num_kv_heads={_kv_heads(m)}, d_ff={run.mlp.d_ff},\n),"
         )
     return f"""from dataclasses import replace
 from pathlib import Path
@@ -132,6 +132,10 @@ def sweep() -> dict[str, Experiment]:
 """
 
 
+def _kv_heads(model: Decoder) -> int | None:
+    return getattr(model.attentions[0], "num_kv_heads", None)
+
+
 def _seeds(planned: Sequence[Planned], made: Sequence[Decoder] = ()) -> dict[str, int]:
     """A seed for each run, so that one made again, or of a model that has been trained (``made``), is another run."""
     seen: dict[tuple[Decoder, float], int] = {}
@@ -150,7 +154,7 @@ def _from_scratch(planned: Sequence[Planned]) -> str:
         rows = max(1, round(float(DEEPSEEK_BATCH_TOKENS(run.flops)) / SEQUENCE_LENGTH))
         model = (
             f"Decoder(\n    vocab_size=VOCABULARY, d_model={m.d_model}, num_layers={m.num_layers},\n"
-            f"    attention=Attention(num_heads={m.attention.num_heads}, num_kv_heads={m.attention.num_kv_heads}),\n"
+            f"    attention=Attention(num_heads={m.attentions[0].num_heads}, num_kv_heads={_kv_heads(m)}),\n"
             f'    mlp=Mlp(d_ff={run.mlp.d_ff}, activation="{run.mlp.activation}"), remat="full",\n)'
         )
         calls.append(

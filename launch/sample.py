@@ -13,7 +13,9 @@ from research.core.types import UserError
 from research.data.pipeline import TextSource
 from research.data.sources import Corpus, Jsonl, Stdlib, TextFolder
 from research.data.tokenizers import SentencePiece, tokenizer_folder, train_tokenizer
-from research.infer.generate import Sampling, generate
+from research.infer.engine import Engine, Request
+from research.infer.generate import Settings
+from research.infer.sampling import sampling
 from research.train import checkpoint
 from research.train.experiment import Experiment
 
@@ -40,11 +42,10 @@ def sample(run: Path, *, prompt: str, tokens: int, temperature: float, seed: int
         params = checkpoint.load_params(run, shapes, layout)
         policy = model.bind(params, model.init_buffers(), precision, platform=mesh.devices.flat[0].platform)
         ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)])
-        settings = Sampling(temperature=temperature, max_tokens=tokens, stop=(tokenizer.eos_id, tokenizer.bos_id))
-        added = generate(
-            policy, model, ids, sampling=settings, key=jax.random.key(seed), vocab_size=tokenizer.vocab_size
-        )
-    return prompt + tokenizer.decode(added)
+        chosen = sampling(temperature=temperature, vocab_size=tokenizer.vocab_size)
+        engine = Engine(model, slots=1, settings=Settings(chosen, stop=(tokenizer.eos_id, tokenizer.bos_id)))
+        (result,) = engine.run(policy, [Request(ids, tokens, seed=seed)])
+    return prompt + tokenizer.decode(result.tokens)  # a stop id has no text
 
 
 def corpus_of(name: str, *, pattern: str, text_field: str) -> Corpus:
