@@ -33,7 +33,7 @@ class Planned:
     @property
     def mlp(self) -> Mlp:
         """The feed-forward of every layer. Raises UserError for experts: families are of dense models."""
-        mlp = self.model.period[0]
+        mlp = self.model.period[0][1]
         if not isinstance(mlp, Mlp):
             raise UserError(f"{self.name} has experts, and only dense models can be written to a file.")
         return mlp
