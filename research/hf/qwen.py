@@ -6,7 +6,7 @@ from typing import Any
 
 from research.hf.config import Config, common, layer_types, need, one_mlp, repeating, rms
 from research.hf.family import Family
-from research.hf.llama import ATTENTION, EMBEDDINGS, NORMS, TABLE, attention_of, decoder_of, heads_config
+from research.hf.llama import ATTENTION, EMBEDDINGS, MLP, NORMS, TABLE, attention_of, decoder_of, heads_config
 from research.hf.tables import Table, weight
 from research.models.attention import Attention
 from research.models.decoder import Decoder
@@ -24,7 +24,7 @@ EXPERTS = (
     weight("mlp.shared_expert.down_proj.weight", "mlp/shared/down/w", "D S -> S D"),
     weight("mlp.shared_expert_gate.weight", "mlp/shared_gate/w", "1 D -> D 1"),
 )
-MOE_TABLE = Table(top=EMBEDDINGS, layers=NORMS + ATTENTION + EXPERTS)
+MOE_TABLE = Table(top=EMBEDDINGS, layers=NORMS + ATTENTION + EXPERTS + MLP)
 
 
 def attentions(config: Config, **more: Any) -> Attention | tuple[Attention, ...]:
@@ -42,6 +42,7 @@ def attentions(config: Config, **more: Any) -> Attention | tuple[Attention, ...]
 def attentions_config(model: Decoder) -> tuple[Attention, dict[str, Any]]:
     """The attention of full layers, and which layers are none. Raises Unfit where they differ otherwise."""
     kinds = [attention for attention, _ in model.kinds]
+    need(all(isinstance(a, Attention) for a in kinds), "another kind of attention")
     windows = {a.window for a in kinds if isinstance(a, Attention) and a.window}
     full = replace(kinds[0], window=0)
     need(isinstance(full, Attention) and all(replace(a, window=0) == full for a in kinds), "several kinds of attention")
@@ -84,16 +85,20 @@ def qwen3_config(model: Decoder, length: int) -> dict[str, Any]:
     return common(model, mlp, length) | heads_config(attention, model) | windows | bias
 
 
-def experts(config: Config, *, count: str, **more: Any) -> Moe:
-    config.must("decoder_sparse_step", (1,), 1)
-    config.must("mlp_only_layers", ([],), [])
+def experts(config: Config, *, count: str, **more: Any) -> Mlp | Moe | tuple[Mlp | Moe, ...]:
+    """The feed-forwards: every ``decoder_sparse_step``-th layer has experts, but for ``mlp_only_layers``."""
     router = TopK(int(config.get("num_experts_per_tok")), renormalise=bool(config.get("norm_topk_prob", False)))
-    return Moe(int(config.get(count)), int(config.get("moe_intermediate_size")), router, **more)
+    moe = Moe(int(config.get(count)), int(config.get("moe_intermediate_size")), router, **more)
+    step, dense = int(config.get("decoder_sparse_step", 1)), config.get("mlp_only_layers", [])
+    mlp = Mlp(int(config.get("intermediate_size", 0)))
+    kinds = [mlp if (i + 1) % step or i in dense else moe for i in range(int(config.get("num_hidden_layers")))]
+    return repeating(kinds)
 
 
 def experts_config(model: Decoder) -> tuple[Moe, dict[str, Any]]:
-    moe = model.mlp
-    need(isinstance(moe, Moe) and isinstance(moe.router, TopK) and not model.first, "layers without experts")
+    layers = model.feed_forwards
+    moe, mlp = (next((m for m in layers if isinstance(m, kind)), None) for kind in (Moe, Mlp))
+    need(isinstance(moe, Moe) and isinstance(moe.router, TopK), "no layers with experts")
     assert isinstance(moe, Moe) and isinstance(moe.router, TopK)
     need(moe.router.scale == 1.0 and moe.activation == "swiglu", "another router or activation")
     return moe, {
@@ -101,8 +106,9 @@ def experts_config(model: Decoder) -> tuple[Moe, dict[str, Any]]:
         "num_experts_per_tok": moe.router.k,
         "norm_topk_prob": moe.router.renormalise,
         "moe_intermediate_size": moe.d_ff,
+        "intermediate_size": mlp.d_ff if mlp is not None else moe.d_ff,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
+        "mlp_only_layers": [i for i, one in enumerate(layers) if isinstance(one, Mlp)],
     }
 
 
@@ -111,7 +117,8 @@ def qwen2_moe(config: Config) -> Decoder:
     bias = "qkv" if config.get("qkv_bias", True) else "none"
     shared = int(config.get("shared_expert_intermediate_size"))
     moe = experts(config, count="num_experts", shared_d_ff=shared, shared_gate=True)
-    return decoder_of(config, attentions(config, bias=bias), moe)
+    config.must("use_sliding_window", (False,), False)
+    return decoder_of(config, attention_of(config, bias=bias), moe)
 
 
 def qwen2_moe_config(model: Decoder, length: int) -> dict[str, Any]:
@@ -123,7 +130,9 @@ def qwen2_moe_config(model: Decoder, length: int) -> dict[str, Any]:
 
 def qwen3_moe(config: Config) -> Decoder:
     config.must("hidden_act", ("silu",), "silu")
-    return decoder_of(config, qwen3_attention(config), experts(config, count="num_experts"))
+    config.must("use_sliding_window", (False,), False)
+    count = "num_experts" if config.get("num_experts", None) is not None else "num_local_experts"
+    return decoder_of(config, qwen3_attention(config), experts(config, count=count))
 
 
 def qwen3_moe_config(model: Decoder, length: int) -> dict[str, Any]:

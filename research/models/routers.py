@@ -152,7 +152,7 @@ class Gshard(Router):
 @dataclass(frozen=True)
 class Sigmoid(Router):
     """DeepSeek-V3 (2024, eqs. 12 to 16): scores are sigmoids; the k highest of score plus bias are chosen; gates are
-    the chosen scores without the bias, normalised, times ``scale``.
+    the chosen scores without the bias, normalised (but for renormalise=False), times ``scale``.
 
     groups, top_groups: experts lie in so many groups, and only those of the best ones may be chosen, a group's
     worth being the sum of its two highest biased scores. bias_rate: after each optimizer step the bias of an
@@ -165,6 +165,7 @@ class Sigmoid(Router):
     scale: float = 1.0
     capacity_factor: float = 0.0
     bias_rate: float = 0.001
+    renormalise: bool = True
 
     @property
     def per_token(self) -> float:
@@ -186,7 +187,9 @@ class Sigmoid(Router):
             selection = jnp.where(_in_best_groups(selection, self.groups, self.top_groups, best=2), selection, -jnp.inf)
         experts = _top(selection, self.k)
         gates = jnp.take_along_axis(scores, experts, axis=1)
-        gates = self.scale * gates / (jnp.sum(gates, axis=1, keepdims=True) + 1e-20)
+        if self.renormalise:
+            gates = gates / (jnp.sum(gates, axis=1, keepdims=True) + 1e-20)
+        gates = self.scale * gates
         probabilities = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
         return limited(assigned(group, experts, gates, probabilities), self)
 
