@@ -69,7 +69,7 @@ def write_tokens(folder: Path, documents: Iterable[str], *, tokenizer: Tokenizer
     with open(folder / "tokens.bin", "wb") as file:
         for batch in _batches(documents):
             for ids in tokenizer.encode_batch(batch):
-                document = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]])
+                document = np.concatenate([tokenizer.prefix, ids, [tokenizer.eos_id]])
                 file.write(document.astype(dtype).tobytes())  # ndarray.tofile does not report a full disk
                 lengths.append(len(document))
                 num_bytes += int(tokenizer.token_bytes[ids].sum())

@@ -38,6 +38,16 @@ class Tokenizer(abc.ABC):
         self.token_bytes = np.array([len(piece) for piece in self.pieces], np.int32)
 
     @property
+    def prefix(self) -> tuple[int, ...]:
+        """The ids that a text begins with."""
+        return (self.bos_id,)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a text."""
+        return (self.eos_id,)
+
+    @property
     def vocab_size(self) -> int:
         return len(self.pieces)
 

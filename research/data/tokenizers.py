@@ -18,6 +18,7 @@ import numpy as np
 
 from research.core.config import to_json
 from research.data.cache import cached_folder, name_of
+from research.data.pretrained import Pretrained, PretrainedTokenizer
 from research.data.sentence_piece import SentencePiece, SentencePieceTokenizer
 from research.data.sources import Corpus, parts
 from research.data.tokenizer_base import FORMAT, SPECIALS, Tokenizer, TokenizerError, TokenizerSpec, utf8
@@ -25,6 +26,7 @@ from research.data.tokenizer_base import FORMAT, SPECIALS, Tokenizer, TokenizerE
 __all__ = [
     "Bytes",
     "Characters",
+    "Pretrained",
     "SentencePiece",
     "Tokenizer",
     "TokenizerError",
@@ -137,7 +139,7 @@ def tokenizer_folder(spec: TokenizerSpec, corpus: Corpus, *, cache_dir: Path) ->
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Reads what ``Tokenizer.save`` wrote. Raises one of ``cache.DAMAGE`` where it is damaged."""
     record = json.loads((Path(folder) / "tokenizer.json").read_text())
-    kinds = {cls.kind: cls for cls in (ByteTokenizer, CharacterTokenizer, SentencePieceTokenizer)}
+    kinds = {cls.kind: cls for cls in (ByteTokenizer, CharacterTokenizer, SentencePieceTokenizer, PretrainedTokenizer)}
     pieces = [base64.b64decode(piece) for piece in record["pieces"]]
     tokenizer = kinds[record["kind"]](pieces, model=base64.b64decode(record["model"]))
     if tokenizer.fingerprint != record["fingerprint"]:
