@@ -180,36 +180,6 @@ def list_runs(options: argparse.Namespace) -> int:
     return 0
 
 
-def sample(options: argparse.Namespace) -> int:
-    from launch import sample as samples
-
-    print(
-        samples.sample(
-            store.place(options.run),
-            prompt=options.prompt,
-            tokens=options.tokens,
-            temperature=options.temperature,
-            seed=options.seed,
-        )
-    )
-    return 0
-
-
-def train_tokenizer(options: argparse.Namespace) -> int:
-    from launch import sample as samples
-
-    print(
-        samples.tokenizer(
-            options.corpus,
-            kind=options.kind,
-            vocab_size=options.vocab_size,
-            pattern=options.pattern,
-            text_field=options.text_field,
-        )
-    )
-    return 0
-
-
 def handed(module: str, function: str) -> Callable[[argparse.Namespace], int]:
     """A command that a module of its own does, imported when it is asked for."""
 
@@ -224,8 +194,10 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "sweep": sweep,
     "analyze": analyze,
     "list": list_runs,
-    "sample": sample,
-    "tokenizer": train_tokenizer,
+    "sample": handed("sample", "command"),
+    "import": handed("models", "import_model"),
+    "export": handed("models", "export_model"),
+    "tokenizer": handed("tokenizer", "command"),
     "plan": handed("plan", "command"),
     "status": handed("status", "command"),
     "logs": handed("executors", "logs"),

@@ -5,6 +5,7 @@ import argparse
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from launch import distributed
 from research.core.errors import UserError
@@ -48,12 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add_study(add("analyze", "analyse the finished runs of a study"))
     add_study(add("list", "list a study's experiments and how far they are"))
     add_laws(add)
-    sub = add("sample", "write text with a trained model")
-    sub.add_argument("run", help="a run's folder, gs://... too, or one of its checkpoints")
-    sub.add_argument("--prompt", required=True, help="the text to go on from")
-    sub.add_argument("--tokens", type=int, default=128, help="tokens to add at most")
-    sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    sub.add_argument("--seed", type=int, default=0)
+    add_models(add, commands)
     tokenizer = commands.add_parser("tokenizer", help="train tokenizers").add_subparsers(required=True)
     sub = tokenizer.add_parser("train", help="train a SentencePiece tokenizer on a corpus, or find it trained")
     sub.set_defaults(command="tokenizer")
@@ -63,6 +59,50 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--pattern", default=TEXT_FILES, help=f"which files of a folder (default: {TEXT_FILES})")
     sub.add_argument("--text-field", default="text", help="the field of a .jsonl file that holds the text")
     return top
+
+
+def add_models(add: Callable[..., argparse.ArgumentParser], commands: Any) -> None:
+    """The commands about one model: text from it, and Hugging Face files."""
+
+    def add_loading(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--mesh", metavar="AXIS=N,...", help="how to spread the model, such as fsdp=8,tensor=2")
+        sub.add_argument(
+            "--dtype", choices=("float32", "bfloat16"), help="of weights and products (default: as stored)"
+        )
+
+    sub = add("sample", "write text with a trained model")
+    sub.add_argument("model", help="a run's or an import's folder, gs://... too, or one with Hugging Face files")
+    given = sub.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", help="the text to go on from")
+    given.add_argument("--prompts", type=Path, metavar="FILE", help='lines of JSON, {"prompt": "..."} each')
+    sub.add_argument("--out", type=Path, metavar="FILE", help="where the texts of --prompts go; begun, it is completed")
+    sub.add_argument("--tokens", type=int, default=128, help="tokens to add at most (default: %(default)s)")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    sub.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens")
+    sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="among the likeliest that reach P together")
+    sub.add_argument("--min-p", type=float, default=0.0, metavar="P", help="among those P times as likely as the first")
+    sub.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="of tokens already seen")
+    sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text before it (repeatable)")
+    sub.add_argument("--samples", type=int, default=1, metavar="N", help="texts for each prompt")
+    sub.add_argument("--best-of", type=int, metavar="N", help="of N texts the one of the highest mean log-probability")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--slots", type=int, default=8, metavar="N", help="sequences at a time (default: %(default)s)")
+    sub.add_argument("--cache", choices=("compute", "float32", "bfloat16", "int8"), default="compute",
+                     help="what keys and values are stored as (default: as they are computed)")  # fmt: skip
+    add_loading(sub)
+    kinds = commands.add_parser("import", help="take over a model's weights").add_subparsers(required=True)
+    sub = kinds.add_parser("hf", help="from a folder of Hugging Face files, as a checkpoint that runs start from")
+    sub.set_defaults(command="import")
+    sub.add_argument("path", type=Path, help="a folder with config.json, safetensors and a tokenizer")
+    sub.add_argument("--out", metavar="DIR", help="the new folder (default: RUNS/hf/NAME)")
+    add_loading(sub)
+    kinds = commands.add_parser("export", help="write a model for others").add_subparsers(required=True)
+    sub = kinds.add_parser("hf", help="as a folder of Hugging Face files")
+    sub.set_defaults(command="export")
+    sub.add_argument("run", help="a run's or an import's folder, or one of its checkpoints")
+    sub.add_argument("path", type=Path, help="the new folder")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: as stored)")
+    sub.add_argument("--length", type=int, help="the most positions promised (default: those of training)")
 
 
 def add_study(sub: argparse.ArgumentParser) -> None:

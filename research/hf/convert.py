@@ -34,7 +34,8 @@ LISTED = 4
 class Files(Protocol):
     """Tensors by name (``research.hf.store.Store``). shapes: shape and dtype of each, as safetensors names them."""
 
-    shapes: Mapping[str, tuple[tuple[int, ...], str]]
+    @property
+    def shapes(self) -> Mapping[str, tuple[tuple[int, ...], str]]: ...
 
     def read(self, name: str) -> np.ndarray: ...
 

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models without their training: what a checkpoint's model is, its weights on a mesh, and weights that came from
+elsewhere written as a checkpoint that ``Init`` takes."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from research.core import config, sharding
+from research.core.types import Params, Precision
+from research.models.bound import Bound
+from research.models.decoder import Decoder
+from research.train import checkpoint
+from research.train.checkpoint import FOLDER, CheckpointError, brief, checksums, locate
+from research.train.places import absolute
+
+MODEL = "model"  # the item of a checkpoint that no run has made
+
+
+class Described(NamedTuple):
+    """A model, the number formats it was stored for, and where it came from: a run's experiment, or a record."""
+
+    model: Decoder
+    precision: Precision
+    origin: Any
+
+
+def describe(path: str | os.PathLike) -> Described:
+    """What the checkpoint of a run, or of an import, holds. Raises CheckpointError where there is none."""
+    directory, step = locate(path)
+    if (directory / FOLDER / str(step) / MODEL).is_dir():
+        found = config.from_json(checkpoint.read_item(path, MODEL))
+        return Described(found["model"], found["precision"], found["origin"])
+    experiment = checkpoint.load_experiment(path)
+    return Described(experiment.model, experiment.precision, experiment)
+
+
+def load(path: str | os.PathLike, model: Decoder, precision: Precision, mesh: Mesh) -> Bound:
+    """The model with a checkpoint's parameters, and the buffers that belong to them, laid out over the mesh."""
+    shapes = model.shapes(precision)
+    params = checkpoint.load_params(path, shapes, sharding.tree_shardings(mesh, shapes, model.logical_axes()))
+    buffers = jax.eval_shape(model.init_buffers)
+    if jax.tree.leaves(buffers):
+        buffers = _buffers(path, buffers, mesh)
+    return model.bind(params, buffers, precision, platform=mesh.devices.flat[0].platform)
+
+
+def _buffers(path: str | os.PathLike, shapes: Params, mesh: Mesh) -> Params:
+    import orbax.checkpoint as ocp
+
+    directory, step = locate(path)
+    where = sharding.replicated(mesh)
+    targets = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes)
+    args = ocp.args.PyTreeRestore(
+        item={"buffers": targets},
+        restore_args=ocp.checkpoint_utils.construct_restore_args({"buffers": targets}),
+        partial_restore=True,
+    )
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            buffers = checkpointer.restore(absolute(directory) / FOLDER / str(step) / "rest", args=args)["buffers"]
+        checkpoint.compare(checkpoint.read_item(path, "checksums"), checksums({"buffers": buffers}))
+        return buffers
+    except Exception as error:
+        raise CheckpointError(
+            f"The buffers in {directory / FOLDER / str(step)} do not fit the model asked for, or cannot be read "
+            f"({brief(error)})."
+        ) from error
+
+
+def save(folder: Path, model: Decoder, precision: Precision, params: Params, buffers: Params, origin: Any) -> None:
+    """Writes ``folder`` so that it serves as a checkpoint, whole or not at all. origin: JSON for the record."""
+    import orbax.checkpoint as ocp
+
+    record = {"model": config.to_json(model), "precision": config.to_json(precision), "origin": origin}
+    items: dict[str, Any] = dict(
+        params=ocp.args.StandardSave(params),
+        model=ocp.args.JsonSave(record),
+        checksums=ocp.args.JsonSave(checksums({"params": params, "buffers": buffers})),
+    )
+    if jax.tree.leaves(buffers):
+        items["rest"] = ocp.args.StandardSave({"buffers": buffers})
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(absolute(folder) / FOLDER / "0", args=ocp.args.Composite(**items))
+    except Exception as error:
+        raise CheckpointError(f"{folder} could not be written ({brief(error)}): free some space.") from error

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face folders by the command: text from one, an import, a run that starts from it, and the way back."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from launch.cli import main
+from research.core.types import Precision
+from research.hf import convert
+from research.hf.store import Store, writing
+from research.models.mlp import Mlp
+from research.models.moe import Moe
+from research.models.routers import Sigmoid
+from research.train import weights
+from tests import tiny
+from tests.data import test_pretrained as tokenizers
+
+MODEL = replace(tiny.MODEL, vocab_size=336)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of random weights with a tokenizer, as others would save it."""
+    out = tmp_path_factory.mktemp("saved") / "tiny-llama"
+    params = jax.jit(lambda: MODEL.init_params(jax.random.key(0), Precision()))()
+    family, config = convert.fitting(MODEL, 128)
+    tensors = list(convert.tensors(family, MODEL, params, {}))
+    with writing(
+        out, {name: (shape, np.dtype(np.float32)) for name, shape, _ in tensors}, shard_bytes=90_000
+    ) as writer:
+        for name, _, fetch in tensors:
+            writer.write(name, fetch())
+    (out / "config.json").write_text(json.dumps(config))
+    tokenizers.byte_level(out)
+    return out
+
+
+@pytest.fixture
+def lab(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))
+
+    def run(*arguments):
+        code = main(["--runs", str(tmp_path / "runs"), *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+ONE = ("--mesh", "data=1")
+
+
+def test_a_folder_is_sampled_imported_and_exported_without_a_change(lab, folder, tmp_path):
+    asked = ("--prompt", "the quick", "--tokens", "12", "--seed", "1", *ONE)
+    code, first, _ = lab("sample", folder, *asked)
+    assert code == 0 and first.startswith("the quick") and len(first) > 12
+    code, out, err = lab("import", "hf", folder, *ONE)
+    assert code == 0, err
+    imported = tmp_path / "runs" / "hf" / "tiny-llama"
+    assert str(imported) in out and weights.describe(imported).model == MODEL
+    assert lab("sample", imported, *asked)[1] == first
+    code, _, err = lab("export", "hf", imported, tmp_path / "back")
+    assert code == 0, err
+    before, after = Store(folder), Store(tmp_path / "back")
+    assert before.shapes == after.shapes
+    for name in before.shapes:
+        np.testing.assert_array_equal(before.read(name), after.read(name))
+    assert lab("sample", tmp_path / "back", *asked)[1] == first
+    code, _, err = lab("import", "hf", folder, *ONE)
+    assert code == 2 and "exists and is not empty" in err
+    code, out, _ = lab("export", "hf", imported, tmp_path / "half", "--dtype", "bfloat16")
+    assert code == 0 and {kind for _, kind in Store(tmp_path / "half").shapes.values()} == {"BF16"}
+
+
+def test_a_file_of_prompts_is_completed_where_it_was_left(lab, folder, tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a fox", "the dog", "x = [")))
+    asked = ("sample", folder, "--prompts", prompts, "--out", out, "--tokens", "6", "--samples", "2", *ONE)
+    assert lab(*asked)[0] == 0
+    lines = out.read_text().splitlines()
+    whole = {(r["index"], r["sample"]): r for r in map(json.loads, lines)}
+    assert sorted(whole) == [(i, s) for i in range(3) for s in range(2)]
+    out.write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])  # killed while it wrote the third
+    code, said, _ = lab(*asked)
+    assert code == 0 and "6 texts" in said and "2 of them from before" in said
+    again = {(r["index"], r["sample"]): r for r in map(json.loads, out.read_text().splitlines())}
+    assert {key: r["text"] for key, r in again.items()} == {key: r["text"] for key, r in whole.items()}
+    code, _, err = lab(*asked, "--seed", "9")
+    assert code == 2 and "Line 1 of" in err and "other --out" in err or "name another --out" in err
+    best = tmp_path / "best.jsonl"
+    assert lab("sample", folder, "--prompts", prompts, "--out", best, "--tokens", "6", "--best-of", "3", *ONE)[0] == 0
+    assert len(best.read_text().splitlines()) == 3
+
+
+def test_biases_of_routers_come_back(tmp_path):
+    """They are no parameters, and a model without them routes otherwise."""
+    moe = Moe(4, 16, Sigmoid(k=2))
+    model = replace(tiny.MODEL, mlp=moe, first=(Mlp(16),), num_layers=3)
+    params = jax.jit(lambda: model.init_params(jax.random.key(0), Precision()))()
+    buffers = {"layers": {"mlp": {"bias": np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)}}}
+    weights.save(tmp_path / "it", model, Precision(), params, buffers, {"kind": "made"})
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape((1,) * 6), tuple(tiny.experiment().mesh.shape(1)))
+    policy = weights.load(tmp_path / "it", model, Precision(), mesh)
+    np.testing.assert_array_equal(policy.buffers["layers"]["mlp"]["bias"], buffers["layers"]["mlp"]["bias"])
+
+
+def test_what_cannot_be_taken_over_is_one_sentence_and_leaves_nothing(lab, folder, tmp_path):
+    other = tmp_path / "other"
+
+    def refused(words, **changes):
+        shutil.rmtree(other, ignore_errors=True)
+        shutil.copytree(folder, other)
+        config = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps({**config, **changes}))
+        code, _, err = lab("import", "hf", other, *ONE)
+        assert code == 2 and words in err and err.count("\n") == 1, err
+        assert not (tmp_path / "runs" / "hf").exists()
+
+    refused("model_type 'bert', which is not supported", model_type="bert")
+    refused("hidden_act = 'gelu'", hidden_act="gelu")
+    refused("rope_type 'longrope'", rope_scaling={"rope_type": "longrope", "factor": 2.0})
+    refused("The weights lack model.layers.2", num_hidden_layers=3)
+    refused("The weights have model.layers.1", num_hidden_layers=1)
+    refused("has the shape", vocab_size=300)
+    refused("has no hidden_size", hidden_size=None)
+    code, _, err = lab("sample", tmp_path / "nowhere", "--prompt", "a", *ONE)
+    assert code == 2 and "holds no checkpoint" in err
+    code, _, err = lab("export", "hf", tmp_path / "nowhere", tmp_path / "x")
+    assert code == 2 and not (tmp_path / "x").exists()
