@@ -20,7 +20,7 @@ def diverging() -> dict[str, Experiment]:
 
 def resumed() -> dict[str, Experiment]:
     """The second run is long enough to be stopped in its middle."""
-    long = tiny.experiment(steps=200, log_every=3, checkpoint=CheckpointPolicy(every=50))
+    long = tiny.experiment(steps=1000, log_every=3, checkpoint=CheckpointPolicy(every=50))
     return {"short": replace(long, length=Steps(30)), "long": long}
 
 

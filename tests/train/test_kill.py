@@ -127,6 +127,6 @@ def test_a_sweep_interrupted_in_its_second_run_goes_on_to_the_same_losses(tmp_pa
     assert "short: finished before" in output and "2 of 2 runs finished" in output
     assert before == {path: path.stat().st_mtime_ns for path in first.rglob("*")}
     starts = [json.loads(line)["from_step"] for line in (second / "provenance.jsonl").read_text().splitlines()]
-    assert len(starts) == 2 and starts[0] == 0 and 60 <= starts[1] < 200
+    assert len(starts) == 2 and starts[0] == 0 and 60 <= starts[1] < 1000
     for name in ("short", "long"):
         assert swept(tmp_path / "runs", name) == swept(tmp_path / "whole", name)
