@@ -206,7 +206,8 @@ class Decoder:
             if attention.position is not None and isinstance(position, Learned | Sinusoidal):
                 raise UserError("attention.position cannot be learned or sinusoidal, which are added to embeddings.")
             if isinstance(position, Rotary) and position.width(attention.turned(self.d_model)) % 2:
-                raise UserError(f"Rotary positions need an even head width; d_model and num_heads give {width}.")
+                turned = position.width(attention.turned(self.d_model))
+                raise UserError(f"Rotary positions turn an even width of a head; these turn {turned} of {width}.")
             if isinstance(attention, LatentAttention) and not isinstance(position, Rotary):
                 raise UserError(f"Latent attention needs rotary positions; given {position!r}.")
         if isinstance(self.position, Sinusoidal | TransformerXL) and self.d_model % 2:

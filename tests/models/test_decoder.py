@@ -260,7 +260,12 @@ def test_head_is_the_logits_and_holds_its_own_parameters_only(model):
         ({}, 32, 300, "tokenizer has 300 tokens and the model's vocab_size is 264"),
         ({"d_model": 30}, 32, 10, "does not split into 4 heads"),
         ({"attention": Attention(4, 3)}, 32, 10, "divisors of 4"),
-        ({"attention": Attention(4, head_dim=7), "position": Rotary()}, 32, 10, "even head width"),
+        (
+            {"attention": Attention(4, head_dim=7), "position": Rotary()},
+            32,
+            10,
+            "even width of a head; these turn 7 of 7",
+        ),
         ({"num_layers": 0}, 32, 10, "num_layers is 0"),
     ],
 )
