@@ -264,7 +264,7 @@ def test_head_is_the_logits_and_holds_its_own_parameters_only(model):
             {"attention": Attention(4, head_dim=7), "position": Rotary()},
             32,
             10,
-            "even width of a head; these turn 7 of 7",
+            "these turn 7 of 7",
         ),
         ({"num_layers": 0}, 32, 10, "num_layers is 0"),
     ],
