@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3 python; do \
 BIN := .venv/bin
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 
-.PHONY: env demo test sky slow lint types verify clean
+.PHONY: env demo test sky eval slow lint types verify clean
 
 env: .venv/installed
 
@@ -22,6 +22,9 @@ test: env
 
 sky: env
 	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install -q -c constraints.txt -e '.[sky]'
+
+eval: env
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install -q -c constraints.txt -e '.[eval]'
 
 slow: env
 	$(PYTEST) -m slow

@@ -195,6 +195,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "analyze": analyze,
     "list": list_runs,
     "sample": handed("sample", "command"),
+    "eval": handed("evaluate", "command"),
     "import": handed("models", "import_model"),
     "export": handed("models", "export_model"),
     "tokenizer": handed("tokenizer", "command"),

@@ -33,12 +33,14 @@ CONFIG = "config.json"
 
 
 class Loaded(NamedTuple):
-    """A model ready for use on the mesh in scope, and its tokenizer, None where it came with none."""
+    """A model ready for use on a mesh, its tokenizer, None where it came with none, and the most positions that it is
+    said to take."""
 
     model: Decoder
     policy: Bound
     tokenizer: Tokenizer | None
     mesh: Any
+    length: int
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,15 @@ def load(name: str, *, mesh: MeshSpec, dtype: str | None = None) -> Loaded:
     """dtype: of parameters and products; None: as stored. Raises UserError for a folder that holds no model."""
     folder, devices = store.place(name), sharding.make_mesh(mesh)
     if is_hugging_face(folder):
-        _, model, policy = read_hugging_face(folder, devices, dtype)
+        values, model, policy = read_hugging_face(folder, devices, dtype)
         tokenizer = read(folder) if any((folder / file).exists() for file in FILES[:2]) else None
-        return Loaded(model, policy, tokenizer, devices)
+        return Loaded(model, policy, tokenizer, devices, _promised({"config": values}))
     described = weights.describe(folder)
     precision = described.precision if dtype is None else precision_of(dtype)
     with jax.set_mesh(devices):
         policy = weights.load(folder, described.model, precision, devices)
-    return Loaded(described.model, policy, tokenizer_of(folder, described.origin), devices)
+    tokenizer = tokenizer_of(folder, described.origin)
+    return Loaded(described.model, policy, tokenizer, devices, _promised(described.origin))
 
 
 def tokenizer_of(folder: Path, origin: Any) -> Tokenizer | None:

@@ -90,6 +90,15 @@ def add_models(add: Callable[..., argparse.ArgumentParser], commands: Any) -> No
     sub.add_argument("--cache", choices=("compute", "float32", "bfloat16", "int8"), default="compute",
                      help="what keys and values are stored as (default: as they are computed)")  # fmt: skip
     add_loading(sub)
+    sub = add("eval", "run tasks of EleutherAI's harness on a model (needs the extra eval)")
+    sub.add_argument("model", help="as for lab sample")
+    sub.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="files (.yaml), or names it knows")
+    sub.add_argument("--fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
+    sub.add_argument("--limit", type=int, metavar="N", help="the first N questions of each task alone")
+    sub.add_argument("--slots", type=int, default=8, metavar="N", help="sequences at a time (default: %(default)s)")
+    sub.add_argument("--length", type=int, metavar="TOKENS", help="what the model sees at once (default: as trained)")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="all results and samples, as JSON")
+    add_loading(sub)
     kinds = commands.add_parser("import", help="take over a model's weights").add_subparsers(required=True)
     sub = kinds.add_parser("hf", help="from a folder of Hugging Face files, as a checkpoint that runs start from")
     sub.set_defaults(command="import")

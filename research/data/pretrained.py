@@ -49,7 +49,8 @@ class PretrainedTokenizer(Tokenizer):
 
     @property
     def bos_id(self) -> int:
-        return self.prefix[0] if self.prefix else self.eos_id
+        """The id that begins a text, or where there is none the one that ends it."""
+        return self._record["bos"] if self._record["bos"] is not None else self.eos_id
 
     @property
     def pad_id(self) -> int:
@@ -101,10 +102,11 @@ def read(folder: Path) -> PretrainedTokenizer:
     except Exception as error:  # each library has its own
         raise TokenizerError(f"{folder / name} is no tokenizer that can be read ({error}): fetch it again.") from error
     ids = {name: _ids(settings, name, library) for name in ("bos", "eos", "pad")}
-    eos = ids["eos"] or (library.default("eos"),)
+    eos = ids["eos"] or (library.default("eos") or 0,)
     record = {
         "file": name,
         "content": base64.b64encode(content).decode(),
+        "bos": next(iter(ids["bos"]), library.default("bos")),
         "prefix": library.prefix(settings.get("add_bos_token"), ids["bos"] or (library.default("bos"),)),
         "eos": eos,
         "pad": (ids["pad"] or eos)[0],
@@ -134,8 +136,8 @@ def _ids(settings: Mapping[str, Any], kind: str, library: "_Json | _SentencePiec
     named = library.id_of(text) if text is not None else None
     if named is not None and (kind != "eos" or not given):
         given = [named]
-    elif named is not None and named not in given:
-        given.append(named)
+    elif named is not None:  # what the tokenizer itself calls the end comes first
+        given = [named, *(i for i in given if i != named)]
     return tuple(int(i) for i in given)
 
 
@@ -159,11 +161,11 @@ class _Json:
     def id_of(self, token: str) -> int | None:
         return self.library.token_to_id(token)
 
-    def default(self, kind: str) -> int:
+    def default(self, kind: str) -> int | None:
         names = {"bos": ("<s>", "<bos>"), "eos": ("</s>", "<eos>", "<|endoftext|>")}[kind]
-        return next((i for i in map(self.id_of, names) if i is not None), 0)
+        return next((i for i in map(self.id_of, names) if i is not None), None)
 
-    def prefix(self, asked: bool | None, bos: Sequence[int]) -> list[int]:
+    def prefix(self, asked: bool | None, bos: Sequence[int | None]) -> list[int | None]:
         """What the library itself puts first, unless the settings say."""
         if asked is not None:
             return list(bos[:1]) if asked else []
@@ -203,10 +205,11 @@ class _SentencePiece:
         found = self.library.piece_to_id(token)
         return found if self.library.id_to_piece(found) == token else None
 
-    def default(self, kind: str) -> int:
-        return max(0, getattr(self.library, f"{kind}_id")())
+    def default(self, kind: str) -> int | None:
+        found = getattr(self.library, f"{kind}_id")()
+        return found if found >= 0 else None
 
-    def prefix(self, asked: bool | None, bos: Sequence[int]) -> list[int]:
+    def prefix(self, asked: bool | None, bos: Sequence[int | None]) -> list[int | None]:
         return [] if asked is False or self.library.bos_id() < 0 else list(bos[:1])
 
     def pieces(self) -> list[bytes]:
