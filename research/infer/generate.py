@@ -51,10 +51,12 @@ class Prefilled(NamedTuple):
 
 
 def bucket(count: int, *, least: int = 16) -> int:
-    """The length that arrays of ``count`` are padded to: a power of two up to 512, then a multiple of 256."""
+    """The length that arrays of ``count`` are padded to: a power of two or three quarters of one, up to 512, then a
+    multiple of 256."""
     if count > 512:
         return -(-count // 256) * 256
-    return max(least, 1 << (count - 1).bit_length())
+    power = 1 << (count - 1).bit_length()
+    return max(least, power * 3 // 4 if power >= 64 and count <= power * 3 // 4 else power)
 
 
 def batch_of(tokens_BT: Array, length_B: Array, real_BT: Array) -> Batch:
@@ -136,6 +138,8 @@ def admit(
 def decode(policy: Bound, slots: Slots, waiting: Array, settings: Settings) -> tuple[Slots, Array, Array, Array]:
     """Up to ``settings.steps`` tokens of every live slot: tokens [B, steps], -1 where there is none, their
     log-probabilities, and which slots are live. With others waiting it returns as soon as a slot is free."""
+    if policy.module.config.layers == "unrolled":
+        policy = policy.apart()
     count = slots.last.shape[0]
     tokens = jnp.full((settings.steps, count), -1, jnp.int32)
     log_probs = jnp.zeros((settings.steps, count), jnp.float32)

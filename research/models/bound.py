@@ -21,6 +21,18 @@ class Bound:
     buffers: Params
     module: nn.Module = field(metadata={"static": True})
 
+    def apart(self) -> "Bound":
+        """The same with the layers' parameters one by one in tuples, where a model is to go through unrolled layers
+        many times: taken out of the stacked arrays within a loop, they would be copied each time."""
+
+        def taken(tree: Params) -> Params:
+            return {
+                name: jax.tree.map(lambda w: tuple(w), part) if name in self.module.config.stacks else part
+                for name, part in tree.items()
+            }
+
+        return replace(self, params=taken(self.params), buffers=taken(self.buffers))
+
     def forward(self, batch: Batch, cache: Any = None, key: Array | None = None) -> Output:
         """batch: tokens, positions, segment_ids [B, T]. Hidden states come out after the final norm [B, T, D].
 

@@ -428,7 +428,8 @@ class _Decoder(nn.Module):
         layer, stats, found = one_of(part.kinds, self.config.wiring, self.parts), [], []
         given = [self.variables.get(kind, {}).get(name, {}) for kind in ("params", "buffers")]
         for number, cache in enumerate(layers):
-            params, buffers = jax.tree.map(lambda w, number=number: w[number], given)
+            is_apart = lambda w: isinstance(w, tuple)  # noqa: E731
+            params, buffers = jax.tree.map(lambda w, number=number: w[number], given, is_leaf=is_apart)
             index = part.start + number * len(part.kinds)
             (x_BTD, cache), one = layer(params, buffers, (x_BTD, cache), index, tokens)
             found.append(cache)
