@@ -224,15 +224,22 @@ class _Run:
 
 def _keys(request: Request) -> np.ndarray:
     """Key data of each sample [samples, ...]."""
-    key = jax.random.key(request.seed)
-    keys: Array = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(request.samples))
-    return np.asarray(jax.random.key_data(keys))
+    return np.asarray(_keys_of_samples(jax.random.key(request.seed), np.arange(request.samples)))
+
+
+@jax.jit
+def _keys_of_samples(key: Array, sample_N: Array) -> Array:
+    return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, sample_N))
 
 
 def unrolled(policy: Bound) -> Bound:
-    """On CPUs each layer is compiled by itself, of the same parameters: a loop over layers would copy the weights and
-    the cache of each."""
+    """On CPUs each layer is compiled by itself, of the same parameters, taken apart once: a loop over layers would copy
+    the weights and the cache of each."""
     module = policy.module
     if module.platform != "cpu":
         return policy
-    return replace(policy, module=replace(module.config, layers="unrolled").build(module.precision, platform="cpu"))
+    module = replace(module.config, layers="unrolled").build(module.precision, platform="cpu")
+    return _apart(replace(policy, module=module))
+
+
+_apart = jax.jit(Bound.apart)

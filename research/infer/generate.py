@@ -138,8 +138,6 @@ def admit(
 def decode(policy: Bound, slots: Slots, waiting: Array, settings: Settings) -> tuple[Slots, Array, Array, Array]:
     """Up to ``settings.steps`` tokens of every live slot: tokens [B, steps], -1 where there is none, their
     log-probabilities, and which slots are live. With others waiting it returns as soon as a slot is free."""
-    if policy.module.config.layers == "unrolled":
-        policy = policy.apart()
     count = slots.last.shape[0]
     tokens = jnp.full((settings.steps, count), -1, jnp.int32)
     log_probs = jnp.zeros((settings.steps, count), jnp.float32)
