@@ -179,6 +179,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def placed(shapes: Any, where: Any) -> Any:
+    """A tree of shapes as they lie: ``where`` is a tree of shardings, or one for all."""
+    if isinstance(where, NamedSharding):
+        where = jax.tree.map(lambda _: where, shapes)
+    return jax.tree.map(lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), shapes, where)
+
+
 def ways(logical: str) -> int:
     """How many ways the mesh in scope splits a logical axis; 1 without a mesh."""
     sizes = current_shape()

@@ -12,13 +12,18 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
-from research.core.sharding import constrain
+from research.core.sharding import Axes, constrain, fitting_spec, partition_spec
 from research.core.types import Array, UserError
 from research.models import ring_attention
 from research.models.tokens import Tokens
 
 INT8_MAX = 127.0
+AXES: Mapping[str, Axes] = {  # of a scale, by order; keys and values have one more
+    "heads": (None, "batch", "act_heads", None),
+    "slots": (None, "batch", None, "act_heads"),
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,16 @@ class LayerCache:
     def slots(self) -> int:
         return self.k.shape[3 if self.heads_first else 2]
 
+    def layout(self, mesh: Mesh) -> "LayerCache":
+        """Where its arrays lie on a mesh, for each of them a sharding."""
+        axes = AXES["heads" if self.heads_first else "slots"]
+
+        def place(x: Array) -> NamedSharding:
+            spec = partition_spec(axes if x.ndim == len(axes) else (*axes, None))
+            return NamedSharding(mesh, fitting_spec(x.shape, spec, dict(mesh.shape)))
+
+        return jax.tree.map(place, self)
+
     def with_rows(self, other: "LayerCache", take: Array, put: Array) -> "LayerCache":
         """Rows ``take`` of another cache in the rows ``put`` of this one; beyond the last row they are dropped."""
         width = slice(min(self.slots, other.slots))
@@ -120,9 +135,9 @@ def empty(
     """Of a stack of layers with so many kv heads, of these widths of keys and of values."""
     ring = window + first_tokens + spec.slack
     wraps = spec.windows == "ring" and bool(window) and ring < slots
-    shape, axes = (layers, batch, heads, ring if wraps else slots), (None, "batch", "act_heads", None)
+    shape, axes = (layers, batch, heads, ring if wraps else slots), AXES[spec.order]
     if spec.order == "slots":
-        shape, axes = (*shape[:2], shape[3], heads), (None, "batch", None, "act_heads")
+        shape = (*shape[:2], shape[3], heads)
     dtype = compute if spec.dtype == "compute" else spec.dtype
     k, v = (constrain(jnp.zeros((*shape, width), dtype), *axes, None) for width in widths)
     scales: list[Array | None] = [None, None]

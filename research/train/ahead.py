@@ -17,13 +17,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from research.core import sharding
 from research.core.config import to_json
 from research.core.types import Eval, Source, UserError
-from research.models.bound import Bound
-from research.models.decoder import Decoder
+from research.models.bound import of_shapes
 from research.train.experiment import WATCHING, Experiment, Steps
 from research.train.optimizers import at_any_rate
 from research.train.start import Program, check_fits
@@ -62,8 +61,8 @@ def lower_step(experiment: Experiment, devices: list[Any]) -> jax.stages.Lowered
     program, state = _program(experiment, devices)
     mesh = program.mesh
     models = {name: init.model or experiment.model for name, init in experiment.frozen.items()}
-    frozen = {name: _bound(experiment, model, mesh) for name, model in models.items()}
-    rate = _placed(jax.ShapeDtypeStruct((), jnp.float32), sharding.replicated(mesh))
+    frozen = {name: of_shapes(model, mesh, experiment.precision) for name, model in models.items()}
+    rate = sharding.placed(jax.ShapeDtypeStruct((), jnp.float32), sharding.replicated(mesh))
     with jax.set_mesh(mesh):  # here alone: nothing may be computed on devices that are not there
         return program.step.lower(state, frozen, _batch(experiment.source, mesh), rate)
 
@@ -120,25 +119,13 @@ def _program(experiment: Experiment, devices: list[Any]) -> tuple[Program, Train
     mesh = sharding.make_mesh(experiment.mesh, devices)
     check_fits(experiment, mesh)
     program = Program(experiment, mesh)
-    return program, jax.tree.map(_placed, program.shapes, program.layout)
-
-
-def _bound(experiment: Experiment, model: Decoder, mesh: Mesh) -> Bound:
-    """A frozen model of shapes alone."""
-    shapes = model.shapes(experiment.precision)
-    params = jax.tree.map(_placed, shapes, sharding.tree_shardings(mesh, shapes, model.logical_axes()))
-    buffers = jax.tree.map(lambda b: _placed(b, sharding.replicated(mesh)), jax.eval_shape(model.init_buffers))
-    return model.bind(params, buffers, experiment.precision, platform=mesh.devices.flat[0].platform)
+    return program, sharding.placed(program.shapes, program.layout)
 
 
 def _batch(source: Source, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: _placed(whole, sharding.batch_sharding(mesh)) for name, whole in source.batch_shapes().items()}
+    return sharding.placed(source.batch_shapes(), sharding.batch_sharding(mesh))
 
 
 def compile_step(experiment: Experiment, topology: str, *, slices: int = 1) -> jax.stages.Compiled:
     """The experiment's step as the TPUs of the topology would run it. Raises UserError for an unknown topology."""
     return lower_step(experiment, topology_devices(topology, slices=slices)).compile()
-
-
-def _placed(shape: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
