@@ -27,7 +27,6 @@ from research.core.types import Precision  # noqa: E402
 from research.infer import ahead  # noqa: E402
 from research.infer.generate import Settings  # noqa: E402
 from research.infer.sampling import sampling  # noqa: E402
-from research.models.bound import of_shapes  # noqa: E402
 from research.models.cache import CacheSpec  # noqa: E402
 from research.models.families.llama import llama2_7b  # noqa: E402
 from research.train.ahead import compiler_version, topology_devices  # noqa: E402
@@ -45,7 +44,7 @@ def measure(tpu: str, cache: str, slots: int, length: int) -> dict[str, Any]:
     compiled = lowered.compile()
     seconds = time.perf_counter() - begun
     counts, memory = hlo_cost.count(Program(compiled.as_text())), compiled.memory_analysis()
-    params = of_shapes(model, mesh, PRECISION).params
+    params = model.bind_shapes(mesh, PRECISION).params
     given = ahead.slots_of_shapes(model, mesh, PRECISION, settings, **sizes)
     assert memory is not None
     return {

@@ -13,7 +13,6 @@ from research.core import sharding
 from research.core.types import Precision
 from research.infer import generate
 from research.infer.generate import Settings, Slots
-from research.models.bound import of_shapes
 from research.models.cache import LayerCache
 from research.models.decoder import Decoder
 
@@ -22,7 +21,7 @@ def lower_prefill(
     model: Decoder, mesh: Mesh, precision: Precision, settings: Settings, *, rows: int, width: int
 ) -> jax.stages.Lowered:
     """The prompts of so many rows at once, of ``width`` tokens at most."""
-    policy, settings = of_shapes(model, mesh, precision), _suited(settings, mesh)
+    policy, settings = model.bind_shapes(mesh, precision), _suited(settings, mesh)
     shapes = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, width), (rows,))]
     tokens, lengths = sharding.placed(shapes, sharding.replicated(mesh))
     with jax.set_mesh(mesh):  # here alone: nothing may be computed on devices that are not there
@@ -33,7 +32,7 @@ def lower_decode_step(
     model: Decoder, mesh: Mesh, precision: Precision, settings: Settings, *, slots: int, length: int
 ) -> jax.stages.Lowered:
     """A token of each of so many slots, of ``length`` tokens at most: what ``generate.decode`` repeats."""
-    policy, settings = of_shapes(model, mesh, precision), _suited(settings, mesh)
+    policy, settings = model.bind_shapes(mesh, precision), _suited(settings, mesh)
     given = slots_of_shapes(model, mesh, precision, settings, slots=slots, length=length)
     whole = sharding.replicated(mesh)
     places = (jax.tree.map(lambda x: x.sharding, given), whole, whole)

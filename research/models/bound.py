@@ -2,18 +2,14 @@
 """A model bound to its parameters: what objectives, sources and evals are handed."""
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from research.core.sharding import partition_spec, placed, replicated, tree_shardings
-from research.core.types import Array, Batch, Output, Params, Precision
-
-if TYPE_CHECKING:
-    from research.models.decoder import Decoder
+from research.core.sharding import partition_spec
+from research.core.types import Array, Batch, Output, Params
 
 
 @jax.tree_util.register_dataclass
@@ -51,14 +47,6 @@ class Bound:
 
     def head(self) -> "Head":
         return Head(self.module.head_params(self.params), self.module)
-
-
-def of_shapes(model: "Decoder", mesh: Mesh, precision: Precision) -> Bound:
-    """A model of shapes alone, as they lie on the mesh: to lower programs with, for devices that need not be there."""
-    shapes = model.shapes(precision)
-    params = placed(shapes, tree_shardings(mesh, shapes, model.logical_axes()))
-    buffers = placed(jax.eval_shape(model.init_buffers), replicated(mesh))
-    return model.bind(params, buffers, precision, platform=mesh.devices.flat[0].platform)
 
 
 @jax.tree_util.register_dataclass

@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from research.core.sharding import Split, constrain, parameter_splits, partitioned
+from research.core.sharding import Split, constrain, parameter_splits, partitioned, placed, replicated, tree_shardings
 from research.core.tree import at, put
 from research.core.types import Array, Batch, Metrics, Output, Params, Precision, UserError
 from research.models import cache as caches
@@ -271,6 +272,12 @@ class Decoder:
 
     def bind(self, params: Params, buffers: Params, precision: Precision, *, platform: str = "cpu") -> Bound:
         return Bound(params, buffers, self.build(precision, platform=platform))
+
+    def bind_shapes(self, mesh: Mesh, precision: Precision) -> Bound:
+        """Of shapes alone, as they lie on the mesh: to lower programs with, for devices that need not be there."""
+        params = placed(shapes := self.shapes(precision), tree_shardings(mesh, shapes, self.logical_axes()))
+        buffers = placed(jax.eval_shape(self.init_buffers), replicated(mesh))
+        return self.bind(params, buffers, precision, platform=mesh.devices.flat[0].platform)
 
     def empty_cache(
         self,

@@ -22,7 +22,6 @@ from jax.sharding import Mesh
 from research.core import sharding
 from research.core.config import to_json
 from research.core.types import Eval, Source, UserError
-from research.models.bound import of_shapes
 from research.train.experiment import WATCHING, Experiment, Steps
 from research.train.optimizers import at_any_rate
 from research.train.start import Program, check_fits
@@ -61,7 +60,7 @@ def lower_step(experiment: Experiment, devices: list[Any]) -> jax.stages.Lowered
     program, state = _program(experiment, devices)
     mesh = program.mesh
     models = {name: init.model or experiment.model for name, init in experiment.frozen.items()}
-    frozen = {name: of_shapes(model, mesh, experiment.precision) for name, model in models.items()}
+    frozen = {name: model.bind_shapes(mesh, experiment.precision) for name, model in models.items()}
     rate = sharding.placed(jax.ShapeDtypeStruct((), jnp.float32), sharding.replicated(mesh))
     with jax.set_mesh(mesh):  # here alone: nothing may be computed on devices that are not there
         return program.step.lower(state, frozen, _batch(experiment.source, mesh), rate)
