@@ -26,8 +26,11 @@ OPTIONS = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LI
 
 @dataclass(frozen=True)
 class Job:
-    """One program to compile. study: as ``launch.study.load`` takes it, with its overrides. evaluation: which of the
-    experiment's, by index; None is the training step. change: fields of the experiment by path, as ``--set`` has them.
+    """One program to compile: the training step, unless another is named.
+
+    study: as ``launch.study.load`` takes it, with its overrides. evaluation: which of the experiment's, by index.
+    generation: of the experiment's model, "prefill" or "decode", with how many slots of how many tokens. change: fields
+    of the experiment by path, as ``--set`` has them.
     """
 
     study: str
@@ -36,6 +39,7 @@ class Job:
     tpu: str
     slices: int = 1
     evaluation: int | None = None
+    generation: tuple[str, int, int] | None = None
     change: tuple[str, ...] = ()
 
 
@@ -166,7 +170,8 @@ def serve() -> None:
     loaded: dict[tuple[str, tuple[str, ...]], Any] = {}
     for line in sys.stdin:
         fields = json.loads(line)
-        job = Job(**{**fields, "overrides": tuple(fields["overrides"]), "change": tuple(fields["change"])})
+        tuples: dict[str, Any] = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        job = Job(**{**fields, **tuples})
         try:
             answer = asdict(measure(job, loaded))
         except UserError as error:
@@ -191,11 +196,13 @@ def measure(job: Job, loaded: dict[tuple[str, tuple[str, ...]], Any]) -> Compile
         loaded[key] = study.load(job.study, job.overrides)
     experiment, where = override(loaded[key].only(job.name), *job.change), slice_of(job.tpu)
     devices, begun = ahead.topology_devices(where.compiled_as, slices=job.slices), time.perf_counter()
-    if job.evaluation is None:
-        lowered = ahead.lower_step(experiment, devices)
-    else:
+    if job.generation is not None:
+        lowered = ahead.lower_generation(experiment, *job.generation, devices)
+    elif job.evaluation is not None:
         lowered = ahead.lower_evaluation(experiment, experiment.evals[job.evaluation], devices)
         assert lowered is not None, "asked for an evaluation without a program"
+    else:
+        lowered = ahead.lower_step(experiment, devices)
     compiled = lowered.compile()
     spent, memory = time.perf_counter() - begun, compiled.memory_analysis()
     assert memory is not None

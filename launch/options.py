@@ -162,6 +162,7 @@ def add_plan(add: Callable[..., argparse.ArgumentParser]) -> None:
     add_study(sub)
     sub.add_argument("--tpu", required=True, metavar="SLICE", help="a slice, such as v5e-256, v6e-64, v5p-128, v4-32")
     sub.add_argument("--slices", type=int, default=1, metavar="N", help="how many such slices for each run")
+    sub.add_argument("--generate", metavar="SLOTSxTOKENS", help="prefill and decode too, such as 32x2048")
     how = sub.add_mutually_exclusive_group()
     how.add_argument("--mesh", metavar="AXIS=N,...", help="instead of the experiments' own, such as fsdp=256")
     how.add_argument("--search", action="store_true", help="find the fastest mesh, recomputation and microbatches")

@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,8 @@ NO_COMPILER = (
 @dataclass(frozen=True)
 class Request:
     """What is asked. mesh: assignments such as "mesh.fsdp=256" that replace every experiment's own mesh. estimate: by
-    arithmetic alone. search: find mesh, recomputation and microbatches."""
+    arithmetic alone. search: find mesh, recomputation and microbatches. generate: prefill and decode too, with so many
+    slots of so many tokens."""
 
     study: str
     overrides: tuple[str, ...]
@@ -51,6 +52,7 @@ class Request:
     mesh: tuple[str, ...] = ()
     search: bool = False
     estimate: bool = False
+    generate: tuple[int, int] | None = None
 
     @property
     def where(self) -> Slice:
@@ -66,7 +68,8 @@ class Row:
     """One run. Bytes and seconds are of one chip and one step. memory: by kind; "step", the compiler's
     peak of the training step; and "peak", that or an evaluation's beside the training state. parts: the
     roofline. bound: its longest. share_of_peak: of the chips' FLOP/s, counting the model's own FLOPs. change: what the
-    search chose, as --set has it. problem: why it cannot run so, and what would help."""
+    search chose, as --set has it. generation: of prefill and decode, "peak" bytes and "seconds" of one call. problem:
+    why it cannot run so, and what would help."""
 
     name: str
     params: int
@@ -85,6 +88,7 @@ class Row:
     chip_hours: float
     compiled: bool
     change: tuple[str, ...] = ()
+    generation: dict[str, dict[str, float]] = field(default_factory=dict)
     problem: str = ""
 
 
@@ -137,19 +141,34 @@ class Programs:
     def distinct(self) -> int:
         return len(self._found)
 
-    def get(self, experiment: "Experiment", change: Sequence[str] = (), evaluation: int | None = None) -> Compiled:
-        """The program of the training step, or of an evaluation, of an experiment of the study after changes to it.
-        Raises Failed where it cannot be compiled."""
+    def get(
+        self,
+        experiment: "Experiment",
+        change: Sequence[str] = (),
+        *,
+        evaluation: int | None = None,
+        generation: str | None = None,
+    ) -> Compiled:
+        """The program of the training step, or of an evaluation, or "prefill" or "decode", of an experiment of the
+        study after changes to it. Raises Failed where it cannot be compiled."""
         from research.core.config import override
         from research.train import ahead
 
-        changed = override(experiment, *change)
-        record = ahead.program_record(changed, None if evaluation is None else changed.evals[evaluation])
-        content = [record, own_classes(record), self.request.where.name, self.request.slices, self.source, versions()]
-        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        changed, request = override(experiment, *change), self.request
+        job = Job(request.study, request.overrides, experiment.name, request.tpu, request.slices, change=tuple(change))
+        if generation is not None:
+            assert request.generate is not None
+            what, record = generation, ahead.generation_record(changed)
+            job = replace(job, generation=(generation, *request.generate))
+        elif evaluation is not None:
+            one = changed.evals[evaluation]
+            what, record, job = one.name, ahead.program_record(changed, one), replace(job, evaluation=evaluation)
+        else:
+            what, record = "training step", ahead.program_record(changed)
+        content = [record, own_classes(record), job.generation, request.where.name, request.slices, self.source]
+        key = hashlib.sha256(json.dumps([*content, versions()], sort_keys=True).encode()).hexdigest()
         if key not in self._found:
-            what = "training step" if evaluation is None else changed.evals[evaluation].name
-            self._found[key] = self._read(key) or self._compile(key, experiment.name, what, change, evaluation)
+            self._found[key] = self._read(key) or self._compile(key, job, what)
         found = self._found[key]
         if isinstance(found, Failed):
             raise found
@@ -161,17 +180,13 @@ class Programs:
         except (OSError, ValueError, TypeError):
             return None
 
-    def _compile(
-        self, key: str, name: str, what: str, change: Sequence[str], evaluation: int | None
-    ) -> Compiled | Failed:
+    def _compile(self, key: str, job: Job, what: str) -> Compiled | Failed:
         from research.core.config import override
 
-        request = self.request
-        plain = self.study.experiments[name]
-        new = dict.fromkeys(one for one in change if override(plain, one) != plain)
-        told = f"{name}, {what}" + (f", {' '.join(new)}" if new else "")
+        plain = self.study.experiments[job.name]
+        new = dict.fromkeys(one for one in job.change if override(plain, one) != plain)
+        told = f"{job.name}, {what}" + (f", {' '.join(new)}" if new else "")
         self.say(f"compiling {told}")
-        job = Job(request.study, request.overrides, name, request.tpu, request.slices, evaluation, tuple(change))
         try:
             found = self.compiler.compile(job, told)
         except Failed as failure:
@@ -344,6 +359,40 @@ def table(made: Plan, request: Request, price: float | None) -> Any:
     return shown
 
 
+def generation_table(made: Plan, request: Request, price: float) -> Any:
+    """A rich table of what prefill and decode take."""
+    from rich.table import Table
+
+    assert request.generate is not None
+    slots, length = request.generate
+    shown = Table(title=f"Generation: {slots} slots of {length} tokens, on the runs' own meshes", title_justify="left")
+    for head in ("run", "prefill peak", "time", "tokens/s", "decode peak", "step", "new tokens/s", "$ a million"):
+        shown.add_column(head, justify="left" if head == "run" else "right", no_wrap=True)
+    for row in made.rows:
+        cells = []
+        for name, tokens in (("prefill", slots * length), ("decode", slots)):
+            found = row.generation.get(name, {})
+            full = found.get("peak", 0.0) / request.where.chip.hbm_bytes
+            peak = f"{size(found['peak'])}, {full:.0%}" if found else ""
+            rate = tokens / found["seconds"] if found.get("seconds") else 0.0
+            cells += [
+                f"[bold red]{peak}[/]" if full > 1 else peak,
+                *((duration(found["seconds"]), number(rate)) if rate else ("", "")),
+            ]
+        shown.add_row(row.name, *cells, f"{request.chips * price / 3600 / rate * 1e6:,.3g}" if rate else "")
+    return shown
+
+
+def slots_of(text: str | None) -> tuple[int, int] | None:
+    """ "32x2048" as 32 slots of 2048 tokens."""
+    if text is None:
+        return None
+    slots, _, length = text.partition("x")
+    if not (slots.isdecimal() and length.isdecimal() and int(slots) and int(length)):
+        raise UserError(f"--generate {text}: give SLOTSxTOKENS, such as 32x2048.")
+    return int(slots), int(length)
+
+
 def command(options: Any) -> int:
     """``lab plan``. Returns 1 where a run does not fit or has no program."""
     from rich.console import Console
@@ -354,7 +403,7 @@ def command(options: Any) -> int:
         raise UserError(f"--slices {options.slices}: give 1 or more.")
     request = Request(
         options.study, tuple(options.overrides), options.tpu, options.slices, mesh_assignments(options.mesh),
-        options.search, options.estimate,
+        options.search, options.estimate, slots_of(options.generate),
     )  # fmt: skip
     price = prices.per_chip_hour(request.where.chip, options.pricing, options.prices)
     begun = time.monotonic()
@@ -364,6 +413,8 @@ def command(options: Any) -> int:
         print(json.dumps({"request": asdict(request), **asdict(made), "pricing": options.pricing, "cost": cost}))
     else:
         Console(width=None if sys.stdout.isatty() else 200).print(table(made, request, price))
+        if any(row.generation for row in made.rows):
+            Console(width=None if sys.stdout.isatty() else 200).print(generation_table(made, request, price))
         for row in made.rows:
             if row.change:
                 print(f"{row.name}: {' '.join(f'--set {assignment}' for assignment in row.change)}")

@@ -33,6 +33,8 @@ class Planner:
         if not has_compiler() and not self.request.estimate:
             self._note(NO_COMPILER)
         rows = [self._row(experiment) for experiment in self.study.experiments.values()]
+        if self.request.generate and not self.compiles:
+            self._note("Generation is left out: there is no estimate of it without compiled programs.")
         if self.request.search and not self.compiles:
             self._note(
                 "Without compiled programs the search goes by estimates: verify its choice before relying on it."
@@ -57,6 +59,7 @@ class Planner:
             row = self._estimated(changed, guess)
             if self.compiles:
                 row = self._compiled(experiment, changed, change, row)
+                row = replace(row, generation=self._generation(experiment, change))
         except UserError as error:
             return self._empty(changed, str(error))
         except Failed as failure:
@@ -80,7 +83,7 @@ class Planner:
             if source is None or not hasattr(evaluation, "lower"):
                 self._note(f"The evaluation {evaluation.name} has no one program: its time and memory are left out.")
                 continue
-            found = self.programs.get(experiment, change, index)
+            found = self.programs.get(experiment, change, evaluation=index)
             # beside the evaluation's own the whole training state stays where it is, not the parameters alone
             peak = max(peak, found.peak - found.arguments + program.arguments)
             batches = getattr(source, "num_batches", 0)
@@ -96,6 +99,18 @@ class Planner:
         return self._made(
             changed, {**memory, "step": float(program.peak), "peak": peak}, roofline, seconds, compiled=True
         )
+
+    def _generation(self, experiment: Experiment, change: Sequence[str]) -> dict[str, dict[str, float]]:
+        made: dict[str, dict[str, float]] = {}
+        for name in ("prefill", "decode") if self.request.generate else ():
+            try:
+                found = self.programs.get(experiment, change, generation=name)
+                made[name] = {"peak": float(found.peak), "seconds": Roofline(*found.roofline.values()).seconds}
+            except TooLarge as large:
+                made[name] = {"peak": large.peak}
+            except (UserError, Failed) as failure:
+                self._note(f"{experiment.name}: there is no program of {name} ({failure}).")
+        return made
 
     def _estimated(self, changed: Experiment, guess: Estimate) -> Row:
         seconds = 0.0

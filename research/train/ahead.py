@@ -22,6 +22,9 @@ from jax.sharding import Mesh
 from research.core import sharding
 from research.core.config import to_json
 from research.core.types import Eval, Source, UserError
+from research.infer import ahead as generation
+from research.infer.generate import Settings
+from research.infer.sampling import sampling
 from research.train.experiment import WATCHING, Experiment, Steps
 from research.train.optimizers import at_any_rate
 from research.train.start import Program, check_fits
@@ -74,6 +77,24 @@ def lower_evaluation(experiment: Experiment, evaluation: Eval, devices: list[Any
     program, state = _program(experiment, devices)
     with jax.set_mesh(program.mesh):
         return lower(program.bind(state), _batch(source, program.mesh))
+
+
+def lower_generation(
+    experiment: Experiment, program: str, slots: int, length: int, devices: list[Any]
+) -> jax.stages.Lowered:
+    """Of the experiment's model as it lies in training: the "prefill" of so many prompts of so many tokens, or the
+    "decode" of a token in each of so many slots (``research.infer.ahead``)."""
+    mesh = sharding.make_mesh(experiment.mesh, devices)
+    given = experiment.model, mesh, experiment.precision, Settings(sampling())
+    if program == "prefill":
+        return generation.lower_prefill(*given, rows=slots, width=length)
+    return generation.lower_decode_step(*given, slots=slots, length=length)
+
+
+def generation_record(experiment: Experiment) -> dict[str, Any]:
+    """What its programs of generation depend on, as JSON."""
+    model = replace(experiment.model, remat="none")
+    return {"model": to_json(model), "mesh": to_json(experiment.mesh), "precision": to_json(experiment.precision)}
 
 
 def program_record(experiment: Experiment, evaluation: Eval | None = None) -> dict[str, Any]:

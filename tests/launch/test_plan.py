@@ -97,6 +97,7 @@ def test_a_table_a_price_and_a_note_on_what_is_too_small_to_time(lab, tmp_path):
         (("--tpu", "h100-8"), "names no TPU slice"),
         (("--tpu", "v5e-8", "--mesh", "rows=8"), "the axes are data, stage, fsdp"),
         (("--tpu", "v5e-8", "--slices", "0"), "--slices 0: give 1 or more"),
+        (("--tpu", "v5e-8", "--generate", "0x8"), "--generate 0x8: give SLOTSxTOKENS"),
         (("--tpu", "v5e-8", "--pricing", "gratis"), "has no price of v5e for gratis"),
         (("--tpu", "v5e-8", "--prices", "nowhere.toml"), "There is no price table nowhere.toml"),
     ],
@@ -227,6 +228,11 @@ def test_a_study_compiled_for_a_slice(lab):
     _, again, told = lab(*words, "--fresh", "--json")
     assert json.loads(again)["compiled"] == 0 and "compiling" not in told
     assert json.loads(again)["rows"] == made["rows"]
+    _, more, _ = lab(*words, "--generate", "8x64", "--json")
+    assert json.loads(more)["compiled"] == 2 * 3
+    for row in json.loads(more)["rows"]:  # 64 tokens of a row take longer than one, though the weights are the same
+        assert row["generation"]["prefill"]["seconds"] > row["generation"]["decode"]["seconds"] > 0
+        assert min(one["peak"] for one in row["generation"].values()) > 0
 
 
 @needs_compiler
