@@ -64,7 +64,7 @@ def load(name: str, *, mesh: MeshSpec, dtype: str | None = None) -> Loaded:
     folder, devices = store.place(name), sharding.make_mesh(mesh)
     if is_hugging_face(folder):
         values, model, policy = read_hugging_face(folder, devices, dtype)
-        tokenizer = read(folder) if any((folder / file).exists() for file in FILES[:2]) else None
+        tokenizer = read(folder) if _has_tokenizer(folder) else None
         return Loaded(model, policy, tokenizer, devices, _promised({"config": values}))
     described = weights.describe(folder)
     precision = described.precision if dtype is None else precision_of(dtype)
@@ -78,7 +78,7 @@ def tokenizer_of(folder: Path, origin: Any) -> Tokenizer | None:
     """A run's tokenizer, as its text gives it now, or that of an import."""
     directory, _ = checkpoint.locate(folder)
     if isinstance(origin, dict):
-        return read(directory / TOKENIZER) if (directory / TOKENIZER).is_dir() else None
+        return read(directory / TOKENIZER) if _has_tokenizer(directory / TOKENIZER) else None
     if not isinstance(origin.source, TextSource):
         raise UserError(f"{folder} was not trained on text, so that a prompt means nothing to it.")
     tokenizer = origin.source.tokenizer_for(host.cache_dir())
@@ -89,6 +89,10 @@ def tokenizer_of(folder: Path, origin: Any) -> Tokenizer | None:
             "the text back that the tokenizer was trained on."
         )
     return tokenizer
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).exists() for file in FILES[:2])
 
 
 def precision_of(dtype: str) -> Precision:

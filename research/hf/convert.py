@@ -170,6 +170,7 @@ def load(family: Family, model: Decoder, files: Files, *, mesh: Mesh, precision:
                 part = NamedSharding(mesh, PartitionSpec(*spec[len(place.index) :]))
                 piece = jax.device_put(np.ascontiguousarray(array).astype(kind), part)
                 arrays[place.path] = _put(arrays[place.path], np.asarray(place.index, np.int32), piece)
+                arrays[place.path].block_until_ready()  # else pieces would wait for each other in memory
     tree = lambda leaves: jax.tree.map(lambda leaf: arrays[leaf], leaves)  # noqa: E731
     return Imported(tree(_paths(model.shapes(Precision()))), tree(_paths(jax.eval_shape(model.init_buffers))))
 
@@ -215,4 +216,6 @@ def _zeros(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Array:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(whole: Array, index: Array, piece: Array) -> Array:
-    return whole.at[tuple(index)].set(piece)
+    """Not ``at[].set``: of bfloat16 a CPU would scatter into a copy of the whole in float32."""
+    start = (*index, *[0] * piece.ndim)
+    return jax.lax.dynamic_update_slice(whole, piece.reshape((1,) * len(index) + piece.shape), start)

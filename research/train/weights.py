@@ -83,8 +83,11 @@ def save(folder: Path, model: Decoder, precision: Precision, params: Params, buf
     )
     if jax.tree.leaves(buffers):
         items["rest"] = ocp.args.StandardSave({"buffers": buffers})
+    room = max(x.nbytes for x in jax.tree.leaves(params)) // 2**30 + 1  # held twice: an array as large as the largest
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        writers: dict[str, Any] = {name: ocp.JsonCheckpointHandler() for name in (MODEL, "checksums")}
+        writers |= {name: ocp.StandardCheckpointHandler(save_concurrent_gb=room) for name in ("params", "rest")}
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**writers)) as checkpointer:
             checkpointer.save(absolute(folder) / FOLDER / "0", args=ocp.args.Composite(**items))
     except Exception as error:
         raise CheckpointError(f"{folder} could not be written ({brief(error)}): free some space.") from error

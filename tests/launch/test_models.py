@@ -98,6 +98,17 @@ def test_a_file_of_prompts_is_completed_where_it_was_left(lab, folder, tmp_path)
     assert len(best.read_text().splitlines()) == 3
 
 
+def test_a_folder_without_a_tokenizer_goes_the_same_ways(lab, folder, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert lab("import", "hf", bare, *ONE)[0] == 0
+    code, _, err = lab("export", "hf", tmp_path / "runs" / "hf" / "bare", tmp_path / "back")
+    assert code == 0, err
+    assert Store(bare).shapes == Store(tmp_path / "back").shapes
+    code, _, err = lab("sample", bare, "--prompt", "a", *ONE)
+    assert code == 2 and "tokenizer" in err
+
+
 def test_biases_of_routers_come_back(tmp_path):
     """They are no parameters, and a model without them routes otherwise."""
     moe = Moe(4, 16, Sigmoid(k=2))
