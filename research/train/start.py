@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from research.core import sharding
 from research.core.types import Stream
 from research.models.bound import Bound
-from research.train import checkpoint, hosts, state, step
+from research.train import checkpoint, hosts, state, step, weights
 from research.train.experiment import Experiment, Init
 from research.train.state import TrainState
 
@@ -50,12 +50,8 @@ class Program:
         return jax.jit(draw, out_shardings=self.layout, compiler_options=options)()
 
     def load(self, init: Init) -> Bound:
-        """A frozen model with its parameters from a checkpoint."""
-        model, precision = init.model or self.experiment.model, self.experiment.precision
-        shapes = model.shapes(precision)
-        layout = sharding.tree_shardings(self.mesh, shapes, model.logical_axes())
-        params = checkpoint.load_params(init.checkpoint, shapes, layout)
-        return model.bind(params, model.init_buffers(), precision, platform=self.platform)
+        """A model with its parameters and buffers from a checkpoint, of a run or of an import."""
+        return weights.load(init.checkpoint, init.model or self.experiment.model, self.experiment.precision, self.mesh)
 
 
 def first_state(program: Program, checkpoints: checkpoint.Checkpointer, stream: Stream) -> TrainState:
@@ -67,9 +63,9 @@ def first_state(program: Program, checkpoints: checkpoint.Checkpointer, stream: 
     if init is None:
         return program.fresh()
     if init.parts == "weights":
-        params = program.load(init).params
-        ema = jax.tree.map(jnp.copy, params) if experiment.ema else None
-        return program.fresh()._replace(params=params, ema=ema)
+        given = program.load(init)
+        ema = jax.tree.map(jnp.copy, given.params) if experiment.ema else None
+        return program.fresh()._replace(params=given.params, buffers=given.buffers, ema=ema)
     checkpoint.check_model(init.checkpoint, experiment.record())
     directory, last = checkpoint.locate(init.checkpoint)
     other = checkpoint.Checkpointer(directory, experiment.checkpoint, read_only=True)

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from launch.cli import main
-from research.core.types import Precision
+from research.core.types import Context, Precision
 from research.hf import convert
 from research.hf.config import canonical
 from research.hf.store import Store, writing
 from research.models.mlp import Mlp
 from research.models.moe import Moe
 from research.models.routers import Sigmoid
-from research.train import weights
+from research.train import checkpoint, weights
+from research.train.experiment import Init
+from research.train.start import Program, first_state
 from tests import tiny
 from tests.data import test_pretrained as tokenizers
 
@@ -109,7 +111,7 @@ def test_a_folder_without_a_tokenizer_goes_the_same_ways(lab, folder, tmp_path):
     assert code == 2 and "tokenizer" in err
 
 
-def test_biases_of_routers_come_back(tmp_path):
+def test_biases_of_routers_come_back_and_a_run_starts_from_them(tmp_path):
     """They are no parameters, and a model without them routes otherwise."""
     moe = Moe(4, 16, Sigmoid(k=2))
     model = replace(tiny.MODEL, mlp=moe, first=(Mlp(16),), num_layers=3)
@@ -119,6 +121,14 @@ def test_biases_of_routers_come_back(tmp_path):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape((1,) * 6), tuple(tiny.experiment().mesh.shape(1)))
     policy = weights.load(tmp_path / "it", model, Precision(), mesh)
     np.testing.assert_array_equal(policy.buffers["layers"]["mlp"]["bias"], buffers["layers"]["mlp"]["bias"])
+    experiment = tiny.experiment(model=model, init=Init(str(tmp_path / "it")))
+    with jax.set_mesh(mesh):
+        stream = experiment.source.start(Context(mesh=mesh, seed=0, cache_dir=tmp_path / "cache"))
+        saved = checkpoint.Checkpointer(tmp_path / "run", experiment.checkpoint)
+        state = first_state(Program(experiment, mesh), saved, stream)
+    for found, given in ((state.params, params), (state.buffers, buffers)):
+        jax.tree.map(np.testing.assert_array_equal, found, given)
+    assert int(state.step) == 0
 
 
 def test_what_cannot_be_taken_over_is_one_sentence_and_leaves_nothing(lab, folder, tmp_path):
