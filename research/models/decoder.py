@@ -294,6 +294,8 @@ class Decoder:
             made = {}
             for path, (attention, _) in by_block(part.kinds).items():
                 heads, widths = attention.stored(self.d_model)
+                # its table of distances is as long as its keys are many: a first token kept forever would fall out
+                far = attention.first_tokens and isinstance(attention.position or self.position, TransformerXL)
                 made[path] = caches.empty(
                     spec,
                     layers=repeats,
@@ -301,7 +303,7 @@ class Decoder:
                     slots=slots,
                     heads=heads,
                     widths=widths,
-                    window=attention.window,
+                    window=0 if far else attention.window,
                     first_tokens=attention.first_tokens,
                     compute=precision.compute,
                 )

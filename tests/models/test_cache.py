@@ -14,6 +14,7 @@ from research.models import cache as caches
 from research.models.attention import Attention
 from research.models.cache import CacheSpec
 from research.models.latent_attention import LatentAttention
+from research.models.positions import Alibi, RelativeBias, Rotary, TransformerXL
 from research.models.tokens import Tokens
 from tests import tiny
 
@@ -41,15 +42,28 @@ def piece(batch, starts, count, real=None):
     return found
 
 
-@pytest.mark.parametrize("sizes", [(1,) * 20, (5, 1, 11, 3), (20,), (3, 17)], ids=str)
-def test_a_ring_is_the_whole_sequence_in_whatever_pieces(sizes):
-    batch = tiny.batch(rows=2, length=20)
-    whole = forward(WINDOW, params_of(WINDOW), batch).hidden
-    cache = WINDOW.empty_cache(batch=2, slots=20, precision=Precision(), spec=RING)
-    assert cache.layers["layers"]["block0"].k.shape[3] == 8  # the window and the first tokens
+@pytest.mark.parametrize(
+    ("sizes", "position"),
+    [
+        ((1,) * 20, Rotary()),
+        ((5, 1, 11, 3), Rotary()),
+        ((20,), Rotary()),
+        ((3, 17), Rotary()),
+        ((5, 1, 11, 3), Alibi()),
+        ((5, 1, 11, 3), RelativeBias(8, 20)),
+        ((5, 1, 11, 3), TransformerXL()),
+    ],
+    ids=str,
+)
+def test_a_ring_is_the_whole_sequence_in_whatever_pieces(sizes, position):
+    batch, model = tiny.batch(rows=2, length=20), replace(WINDOW, position=position)
+    whole = forward(model, params_of(model), batch).hidden
+    cache = model.empty_cache(batch=2, slots=20, precision=Precision(), spec=RING)
+    slots = 20 if isinstance(position, TransformerXL) else 8  # the window and the first tokens
+    assert cache.layers["layers"]["block0"].k.shape[3] == slots
     found, start = [], 0
     for size in sizes:
-        output = forward(WINDOW, params_of(WINDOW), piece(batch, [start] * 2, size), cache)
+        output = forward(model, params_of(model), piece(batch, [start] * 2, size), cache)
         cache, start = output.cache, start + size
         found.append(output.hidden)
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole, rtol=2e-4, atol=2e-5)
