@@ -29,37 +29,15 @@ from research.core.types import Precision, UserError
 from research.data.pipeline import TextSource
 from research.data.sources import Synthetic
 from research.data.tokenizers import Bytes
-from research.models.attention import Attention
 from research.models.decoder import Decoder
-from research.models.layers import Norm
-from research.models.mlp import Mlp
-from research.models.moe import Moe
-from research.models.positions import Rotary
-from research.models.routers import TopK
+from research.models.families.llama import llama3_8b
+from research.models.families.mixtral import mixtral_8x7b
 from research.objectives.next_token import NextToken
 from research.train import ahead
 from research.train.experiment import AdamW, Experiment, Steps
 
-LLAMA_3_8B = Decoder(  # Grattafiori et al. 2024
-    vocab_size=128_256,
-    d_model=4096,
-    num_layers=32,
-    attention=Attention(num_heads=32, num_kv_heads=8),
-    mlp=Mlp(d_ff=14_336),
-    norm=Norm(eps=1e-5),
-    position=Rotary(theta=500_000.0),
-    remat="full",
-)
-MIXTRAL_8X7B = Decoder(  # Jiang et al. 2024; dropless
-    vocab_size=32_000,
-    d_model=4096,
-    num_layers=32,
-    attention=Attention(num_heads=32, num_kv_heads=8),
-    mlp=Moe(8, 14_336, TopK(2)),
-    norm=Norm(eps=1e-5),
-    position=Rotary(theta=1_000_000.0),
-    remat="full",
-)
+LLAMA_3_8B = replace(llama3_8b(), remat="full")
+MIXTRAL_8X7B = replace(mixtral_8x7b(), remat="full")  # dropless
 
 
 @dataclass(frozen=True)
