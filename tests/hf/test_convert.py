@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an import holds in memory: each array once, and the tensor that is being put into it."""
+"""An import: what it refuses, and what it holds in memory: each array once, and the tensor that is put into it."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,33 @@ from jax.sharding import PartitionSpec as P
 
 from research.core import sharding
 from research.core.sharding import MeshSpec
+from research.core.types import Precision, UserError
 from research.hf import convert
+from research.hf.tables import shape
+from tests import tiny
+
+
+class Unread:
+    """Files of which nothing may be read."""
+
+    def __init__(self, shapes):
+        self.shapes = shapes
+
+    def read(self, name):
+        raise AssertionError(f"{name} was read")
+
+
+def test_a_number_format_that_is_not_supported_is_named_before_anything_is_read():
+    family, _ = convert.fitting(tiny.MODEL, 64)
+    ours = convert.shapes_of(tiny.MODEL)
+    shapes = {tensor.name: (shape(tensor, ours), "F32") for tensor in convert.plan(family, tiny.MODEL)}
+    last = [*shapes][-1]
+    shapes[last] = (shapes[last][0], "F8_E4M3")
+    mesh = sharding.make_mesh(MeshSpec(data=1), jax.devices()[:1])
+    with pytest.raises(
+        UserError, match=f"{last} is stored as F8_E4M3, which is not supported: it must be F32, F16, BF16"
+    ):
+        convert.load(family, tiny.MODEL, Unread(shapes), mesh=mesh, precision=Precision())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
