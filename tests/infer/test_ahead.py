@@ -26,7 +26,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_compiler
-@pytest.mark.parametrize("cache", ["int8", "bfloat16"])
+@pytest.mark.parametrize("cache", ["int8", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_step_reads_weights_and_cache_once(cache):
     """A count below the floor would be one that has left something out."""
     command = [sys.executable, "-m", "benchmarks.decode_program", "--json", "--cache", cache]

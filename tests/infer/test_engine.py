@@ -139,7 +139,15 @@ def test_whole_numbers_in_the_cache_change_little():
     assert sum(rounded[key].tokens == result.tokens for key, result in exact.items()) >= 4
 
 
-@pytest.mark.parametrize("spec", [MeshSpec(data=2, fsdp=2, tensor=2), MeshSpec(data=1, context=2, expert=4)], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        MeshSpec(data=2, fsdp=2, tensor=2),
+        pytest.param(MeshSpec(data=1, context=2, expert=4), marks=pytest.mark.slow),
+        pytest.param(MeshSpec(data=2, stage=2, tensor=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_on_any_mesh(spec):
     requests = [Request(prompt, 8) for prompt in PROMPTS]
     plain = run(requests, slots=4)

@@ -43,7 +43,7 @@ SIZES = (
     gemma.gemma2_2b, gemma.gemma3_4b, gpt_neox.pythia_70m, falcon.falcon_7b, falcon.falcon_40b, phi.phi_2,
     phi.phi_3_mini, dbrx.dbrx, grok.grok_1, deepseek.deepseek_v2_lite, deepseek.deepseek_v2, deepseek.deepseek_v3,
 )  # fmt: skip
-FEW = (gemma.gemma3_4b,)
+FEW = (mistral.mistral_7b,)
 LENGTH = 40
 
 
