@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
+from launch import store
 from launch.models import Loaded, load, mesh_of
 from research.core.types import UserError
 from research.infer.best import best_of
@@ -20,6 +21,7 @@ from research.infer.generate import Settings
 from research.infer.sampling import sampling
 from research.infer.text import Texts
 from research.models.cache import CacheSpec
+from research.train.places import absolute
 
 
 class Sampler:
@@ -31,6 +33,8 @@ class Sampler:
                 f"--tokens must be at least 1 and --temperature at least 0; given {options.tokens} and "
                 f"{options.temperature}."
             )
+        if not 0 <= options.seed < 2**62:
+            raise UserError(f"--seed must be from 0 to 2^62 - 1; given {options.seed}.")
         if options.best_of is not None and (options.best_of < 1 or options.samples != 1):
             raise UserError("--best-of must be at least 1, and goes without --samples: it gives one text for a prompt.")
         self.options = options
@@ -40,7 +44,7 @@ class Sampler:
                 f"{options.model} has no tokenizer: put tokenizer.json or tokenizer.model beside its weights."
             )
         self.tokenizer = self.loaded.tokenizer
-        self.texts = Texts(self.tokenizer.decode, options.stop)
+        self.texts = Texts(self.tokenizer.decode)
         chosen = sampling(
             temperature=options.temperature,
             top_k=options.top_k,
@@ -65,6 +69,7 @@ class Sampler:
             )
             for text, seed in prompts
         ]
+        self.texts = Texts(self.tokenizer.decode, self.options.stop, [request.prompt for request in requests])
         with jax.set_mesh(self.loaded.mesh):
             yield from self.engine.stream(self.loaded.policy, requests, ended=self.texts.ended)
 
@@ -103,7 +108,7 @@ def _show(sampler: Sampler, options: argparse.Namespace, out: TextIO) -> None:
 def read_prompts(path: Path) -> list[str]:
     """Raises UserError naming a line that is no prompt."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): give a file with a line of JSON for each prompt.") from error
     found = []
@@ -171,19 +176,9 @@ def _line(number: int, sample: int, prompt: str, result: Result, sampler: Sample
 
 def _key(options: argparse.Namespace) -> str:
     """What a text depends on besides its prompt."""
-    names = (
-        "model",
-        "tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-        "stop",
-        "best_of",
-        "seed",
-    )
+    names = ("tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "best_of", "seed")
     given = {name: getattr(options, name) for name in (*names, "cache", "dtype")}
+    given["model"] = str(absolute(store.place(options.model)))
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -195,7 +190,7 @@ def finished(out: Path, prompts: Sequence[str], key: str) -> set[tuple[int, int]
     content = out.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     found = set()
-    for number, line in enumerate(whole.decode("utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(whole.decode("utf-8", errors="replace").split("\n")[:-1], start=1):
         try:
             record = json.loads(line)
             index, sample, same = record["index"], record["sample"], record["settings"] == key

@@ -24,17 +24,24 @@ from research.infer.sampling import sampling
 from research.infer.text import Texts
 from research.models.bound import Bound
 from research.models.decoder import Decoder
+from research.models.positions import Learned
 
 MAX_GENERATED = 256  # where a task does not say
+COUNTS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+READ = {*COUNTS, "until", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
 
 
 class HarnessModel(TemplateLM):
-    """A policy on the mesh in scope. rows: sequences at a time; length: the most tokens that it sees at once."""
+    """A policy on the mesh in scope. rows: sequences at a time; length: the most tokens that it sees at once. Raises
+    UserError where the model's table of positions is shorter."""
 
     def __init__(
         self, model: Decoder, policy: Bound, tokenizer: Tokenizer, *, rows: int = 8, length: int = 2048
     ) -> None:
         super().__init__()
+        table = model.position.max_length if isinstance(model.position, Learned) else length
+        if not 1 < length <= table:
+            raise UserError(f"A length of {length} tokens does not fit the model: it must be from 2 to {table}.")
         self.model, self.policy, self.ids, self.rows, self.length = model, policy, tokenizer, rows, length
 
     @property
@@ -68,8 +75,8 @@ class HarnessModel(TemplateLM):
             part = order[start : start + self.rows]
             width = bucket(max(len(pairs[n][0]) for n in part))
             tokens, lengths = np.zeros((self.rows, width), np.int32), np.zeros(self.rows, np.int32)
-            for row, n in enumerate(part):
-                tokens[row, : len(pairs[n][0])], lengths[row] = pairs[n][0], len(pairs[n][0])
+            for row, n in enumerate(part):  # of the last token, what follows it is not asked
+                tokens[row, : len(pairs[n][0])], lengths[row] = pairs[n][0], len(pairs[n][0]) - 1
             log_probs, likeliest = jax.device_get(_scores(self.policy, tokens, lengths))
             for row, n in enumerate(part):
                 whole, count = pairs[n]
@@ -111,10 +118,11 @@ class HarnessModel(TemplateLM):
         return found
 
     def _generate(self, contexts: list[str], asked: dict[str, Any]) -> list[str]:
+        if unknown := sorted(set(asked) - READ):
+            raise UserError(f"A task asks for {unknown[0]} in its generation_kwargs, which is not supported.")
         until = asked.get("until") or []
         texts = Texts(self.ids.decode, [until] if isinstance(until, str) else until)
-        names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-        count = next((int(asked[name]) for name in names if asked.get(name)), MAX_GENERATED)
+        count = next((int(asked[name]) for name in COUNTS if asked.get(name)), MAX_GENERATED)
         if count >= self.length:
             raise UserError(f"A task asks for {count} tokens of a model that sees {self.length}: raise --length.")
         temperature = float(asked.get("temperature") or 0.0) if asked.get("do_sample", True) else 0.0
@@ -123,6 +131,8 @@ class HarnessModel(TemplateLM):
             temperature=temperature,
             top_k=int(asked.get("top_k") or 0),
             top_p=float(asked.get("top_p") or 1.0),
+            min_p=float(asked.get("min_p") or 0.0),
+            repetition_penalty=float(asked.get("repetition_penalty") or 1.0),
             vocab_size=vocabulary,
         )
         engine = Engine(self.model, slots=self.rows, settings=Settings(chosen, stop=tuple(self.ids.eos_ids)))
@@ -158,7 +168,7 @@ def evaluate(model: HarnessModel, tasks: Sequence[str], **how: Any) -> dict[str,
         name, folder = _named(task)
         names.append(name)
         folders += [folder] if folder else []
-    manager = TaskManager(include_path=folders or None, include_defaults=not folders)
+    manager = TaskManager(include_path=folders or None, include_defaults=len(folders) < len(tasks))
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise UserError(f"The harness knows no task {unknown[0]}: give a .yaml file of a task, or one of its names.")
     found = lm_eval.simple_evaluate(model=model, tasks=names, task_manager=manager, **how)
@@ -176,7 +186,7 @@ def _named(task: str) -> tuple[str, str | None]:
     if not path.exists():
         raise UserError(f"There is no task {task}: give a .yaml file of a task, or a name that the harness knows.")
     name = next(
-        (line.partition(":")[2].strip() for line in path.read_text().splitlines() if line.startswith("task:")), ""
+        (line[5:].partition(" #")[0].strip() for line in path.read_text().splitlines() if line.startswith("task:")), ""
     )
     if not name:
         raise UserError(f"{task} has no line 'task: NAME': it is no task of the harness.")

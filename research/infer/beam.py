@@ -12,7 +12,7 @@ import numpy as np
 
 from research.core.types import Array, UserError
 from research.infer.engine import unrolled
-from research.infer.generate import batch_of, bucket, logits_of
+from research.infer.generate import batch_of, bucket, check_prompt, logits_of
 from research.infer.sampling import NEVER, Sampling
 from research.models.bound import Bound
 from research.models.cache import Cache, CacheSpec, LayerCache
@@ -53,9 +53,11 @@ def beam_search(
     *,
     sampling: Sampling = Sampling(),  # noqa: B008
 ) -> list[Found]:
-    """The best complete sequences found, best first, at most ``width``. sampling: transforms of logits (no draw)."""
-    if not len(prompt):
-        raise UserError("The prompt is empty: give at least one token.")
+    """The best complete sequences found, best first, at most ``width``. sampling: transforms of logits (no draw), but
+    for those that remember. Raises UserError for a prompt that the model cannot go on from."""
+    check_prompt(model, prompt, beam.max_tokens, "")
+    if sampling.remembers:
+        raise UserError("A beam search has no repetition_penalty: give transforms of the logits alone.")
     policy, width = unrolled(policy), beam.width
     model, length = policy.module.config, bucket(len(prompt) + beam.max_tokens)
     spec = CacheSpec(windows="ring").on(policy.module.platform)
@@ -67,7 +69,7 @@ def beam_search(
     for step in range(beam.max_tokens):
         log_probs = np.asarray(log_probs, np.float64)[: len(sums)]
         total = sums[:, None] + np.where(log_probs > NEVER / 2, log_probs, -np.inf)
-        order = np.argsort(-total.reshape(-1), kind="stable")[: 2 * width]
+        order = np.argsort(-total.reshape(-1), kind="stable")[: (1 + len(beam.stop)) * width]  # enough to go on with
         rows, ids = np.unravel_index(order, total.shape)
         kept: list[tuple[float, int, int]] = []
         for row, token in zip(rows.tolist(), ids.tolist(), strict=True):

@@ -21,7 +21,6 @@ from research.infer import generate as programs
 from research.infer.generate import Prefilled, Settings, Slots, bucket
 from research.models.bound import Bound
 from research.models.decoder import Decoder
-from research.models.positions import Learned
 
 Finish = Literal["stop", "length"]
 
@@ -110,28 +109,21 @@ class Engine:
 
     def _check(self, requests: Sequence[Request]) -> None:
         """Raises UserError for a request that cannot be met, before any is begun."""
-        position = self.model.position
-        table = position.max_length if isinstance(position, Learned) else None
         for number, request in enumerate(requests):
             length = len(request.prompt) + request.max_tokens
-            if not len(request.prompt):
-                raise UserError(f"The prompt of request {number} is empty: give at least one token.")
             if request.max_tokens < 1 or request.samples < 1:
                 raise UserError(
                     f"Request {number} asks for {request.max_tokens} tokens of {request.samples} samples: ask for at "
                     "least one of each."
                 )
-            if not 0 <= min(request.prompt) <= max(request.prompt) < self.model.vocab_size:
+            programs.check_prompt(self.model, request.prompt, request.max_tokens, f" of request {number}")
+            if self.length is not None and length > self.length:
                 raise UserError(
-                    f"The prompt of request {number} has ids from {min(request.prompt)} to {max(request.prompt)} and "
-                    f"the model's go from 0 to {self.model.vocab_size - 1}: use the model's own tokenizer."
+                    f"A prompt of {len(request.prompt)} tokens and {request.max_tokens} more do not fit the engine's "
+                    f"slots of {self.length}: ask for fewer."
                 )
-            for most, what in ((self.length, "the engine's slots"), (table, "the model's table of positions")):
-                if most is not None and length > most:
-                    raise UserError(
-                        f"A prompt of {len(request.prompt)} tokens and {request.max_tokens} more do not fit {what} of "
-                        f"{most} positions: ask for fewer."
-                    )
+            if not 0 <= request.seed < 2**63:
+                raise UserError(f"Request {number} has the seed {request.seed}: it must be from 0 to 2^63 - 1.")
 
 
 class _Run:
@@ -208,11 +200,13 @@ class _Run:
             self.inside[place] = None
 
     def report(self, ended: Callable[[Result], bool]) -> Iterator[tuple[Result, int]]:
-        """What is new since the last report; ends sequences that have met a stop string."""
+        """What is new since the last report; ends sequences that have met a stop string, with the token that met it."""
         news, self.news = self.news, []
         stop = np.zeros(len(self.inside), bool)
         for result, fresh in news:
             if ended(result):
+                spare = _beyond(result, fresh, ended)
+                fresh -= spare
                 result.finish = "stop"
                 for place, one in enumerate(self.inside):
                     if one is not None and one.result is result:
@@ -220,6 +214,17 @@ class _Run:
             yield result, fresh
         if stop.any():
             self.slots = programs.stopped(self.slots, stop)
+
+
+def _beyond(result: Result, fresh: int, ended: Callable[[Result], bool]) -> int:
+    """Takes away the tokens after the one that ended a sequence, which was among the last ``fresh``; how many."""
+    whole = len(result.tokens)
+    for count in range(whole - fresh + 1, whole):
+        part = replace(result, tokens=result.tokens[:count], log_probs=result.log_probs[:count])
+        if ended(part):
+            del result.tokens[count:], result.log_probs[count:]
+            return whole - count
+    return 0
 
 
 def _keys(request: Request) -> np.ndarray:

@@ -5,18 +5,21 @@ Each is a jitted function of the policy and of arrays; its shapes come in bucket
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from research.core.sharding import constrain
-from research.core.types import Array, Batch, Precision
+from research.core.types import Array, Batch, Precision, UserError
 from research.infer.sampling import Sampling
 from research.models.bound import Bound
 from research.models.cache import Cache, CacheSpec, LayerCache, used
 from research.models.decoder import Decoder
+from research.models.positions import Learned
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,27 @@ def bucket(count: int, *, least: int = 16) -> int:
 
 
 def batch_of(tokens_BT: Array, length_B: Array, real_BT: Array) -> Batch:
-    """Tokens that follow ``length`` others of their row."""
+    """Tokens that follow ``length`` others of their row. Padding stands at 0: beyond a table of positions there is
+    nothing, which would spread from there."""
     positions = length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
-    return {"tokens": tokens_BT, "positions": positions, "segment_ids": real_BT.astype(jnp.int32)}
+    real_BT = real_BT.astype(jnp.int32)
+    return {"tokens": tokens_BT, "positions": positions * real_BT, "segment_ids": real_BT}
+
+
+def check_prompt(model: Decoder, prompt: Sequence[int] | np.ndarray, more: int, what: str) -> None:
+    """Raises UserError for a prompt that the model cannot go on from with so many ``more`` tokens."""
+    if not len(prompt):
+        raise UserError(f"The prompt{what} is empty: give at least one token.")
+    if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
+        raise UserError(
+            f"The prompt{what} has ids from {min(prompt)} to {max(prompt)} and the model's go from 0 to "
+            f"{model.vocab_size - 1}: use the model's own tokenizer."
+        )
+    if isinstance(model.position, Learned) and len(prompt) + more > model.position.max_length:
+        raise UserError(
+            f"A prompt of {len(prompt)} tokens and {more} more do not fit the model's table of "
+            f"{model.position.max_length} positions: ask for fewer."
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

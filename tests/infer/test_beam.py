@@ -52,6 +52,12 @@ def test_a_wide_beam_finds_what_a_search_of_everything_finds(policy, everything,
         assert one.log_prob == pytest.approx(everything[tuple(one.tokens)], abs=1e-4)
 
 
+def test_with_several_stop_ids_there_is_enough_to_go_on_with(policy, everything):
+    """Were all candidates of a step ends, the search would be over; a high alpha prefers long sequences."""
+    found = beam_search(MODEL, policy, np.array(PROMPT), Beam(1, 4, 5.0, stop=(1, 2, 3, 4)))
+    assert [len(one.tokens) for one in found] == [4] and set(found[0].tokens[:3]) == {0}
+
+
 def test_a_beam_of_one_is_greedy_and_transforms_apply(policy, everything):
     (one,) = beam_search(MODEL, policy, np.array(PROMPT), Beam(1, 4))
     greedy, allowed = [], sampling(allowed=(0, 2))
@@ -64,6 +70,10 @@ def test_a_beam_of_one_is_greedy_and_transforms_apply(policy, everything):
         assert set(one.tokens) <= {0, 2}
     with pytest.raises(UserError, match="width and max_tokens of at least 1"):
         Beam(0, 4)
+    with pytest.raises(UserError, match="no repetition_penalty"):
+        beam_search(MODEL, policy, np.array(PROMPT), Beam(1, 4), sampling=sampling(repetition_penalty=1.2))
+    with pytest.raises(UserError, match="ids from 0 to 9"):
+        beam_search(MODEL, policy, np.array([9, 0]), Beam(1, 4))
 
 
 def test_the_best_of_several():
@@ -80,6 +90,10 @@ def test_text_ends_before_a_stop_string_and_shows_nothing_that_may_change():
     assert texts.shown(grow("é".encode()[:1])) == "" and texts.shown(grow("é")) == "é"
     whole = grow("one ## two END")
     assert texts.ended(whole) and texts.text(whole) == "one " and not texts.ended(grow("one #"))
+    pieces = {1: "▁the", 2: "▁quick", 3: "▁fox", 4: "es"}  # decoded as SentencePiece does
+    decode = lambda ids: "".join(pieces[i] for i in ids).replace("▁", " ").removeprefix(" ")  # noqa: E731
+    assert Texts(decode, prompts=[[1, 2]]).text(Result(0, 0, [3, 4])) == " foxes"
+    assert Texts(decode, ["fox"], prompts=[[1], [1, 3]]).text(Result(1, 0, [4, 3])) == "es "
     last = grow("aE")
     last.finish = "length"
     assert texts.shown(last) == "aE"

@@ -13,6 +13,7 @@ from research.core import sharding
 from research.core.sharding import MeshSpec
 from research.core.types import Precision, UserError
 from research.infer import generate as programs
+from research.infer.beam import Beam, beam_search
 from research.infer.engine import Engine, Request
 from research.infer.generate import Settings
 from research.infer.sampling import Sampling, sampling
@@ -120,7 +121,26 @@ def test_stop_ids_and_stop_strings_end_a_sequence():
         assert result.finish == ("stop" if ends else "length")
     asked = run([Request(prompt, 12) for prompt in PROMPTS], ended=lambda result: len(result.tokens) >= 6)
     assert {result.finish for result in asked.values()} == {"stop"}
-    assert all(result.tokens == plain[key].tokens[: len(result.tokens)] for key, result in asked.items())
+    for key, result in asked.items():  # with the token that ended it, whatever else was drawn in the same call
+        assert result.tokens == plain[key].tokens[:6] and len(result.log_probs) == 6
+
+
+@pytest.mark.parametrize("length", [20, 70])
+def test_padding_beyond_a_table_of_positions_changes_nothing(length):
+    """Prompts are padded to lengths that the table does not have."""
+    model = replace(tiny.MODEL, position=Learned(length))
+    prompt = np.random.default_rng(0).integers(0, 264, length - 2)
+    (result,) = run([Request(prompt, 2)], model=model).values()
+    policy = policy_of(model)
+    for at, token in enumerate(result.tokens, start=len(prompt)):
+        row = np.concatenate([prompt, result.tokens[: at - len(prompt)]])[None].astype(np.int32)
+        batch = {"tokens": row, "positions": np.arange(at)[None], "segment_ids": np.ones_like(row)}
+        assert token == int(jnp.argmax(policy.logits(policy.forward(batch).hidden)[0, -1]))
+    (best,) = beam_search(model, policy, prompt, Beam(1, 2))
+    assert best.tokens == result.tokens
+    for ask in (run, lambda requests, model: beam_search(model, policy, requests[0].prompt, Beam(1, 3))):
+        with pytest.raises(UserError, match=f"do not fit the model's table of {length} positions"):
+            ask([Request(prompt, 3)], model=model)
 
 
 def test_a_padded_vocabulary_is_never_drawn():
@@ -168,7 +188,8 @@ def test_on_any_mesh(spec):
         (Request([1], 0), {}, "asks for 0 tokens of 1 samples"),
         (Request([264], 4), {}, "model's go from 0 to 263"),
         (Request([1] * 6, 4), {"length": 8}, "do not fit the engine's slots of 8"),
-        (Request([1] * 6, 4), {"model": replace(MODEL, position=Learned(8))}, "the model's table of positions of 8"),
+        (Request([1] * 6, 4), {"model": replace(MODEL, position=Learned(8))}, "the model's table of 8 positions"),
+        (Request([1], 4, seed=-1), {}, "has the seed -1: it must be from 0"),
     ],
 )
 def test_what_cannot_be_generated_is_one_sentence(request_, how, words):
