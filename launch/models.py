@@ -23,6 +23,7 @@ from research.data.pretrained import FILES, read
 from research.data.tokenizers import Tokenizer
 from research.hf import convert
 from research.hf.config import Config
+from research.hf.multimodal import language_part
 from research.hf.store import DTYPES, Store, check_empty, writing
 from research.models.bound import Bound
 from research.models.decoder import Decoder
@@ -63,8 +64,8 @@ def load(name: str, *, mesh: MeshSpec, dtype: str | None = None) -> Loaded:
     """dtype: of parameters and products; None: as stored. Raises UserError for a folder that holds no model."""
     folder, devices = store.place(name), sharding.make_mesh(mesh)
     if is_hugging_face(folder):
-        values, model, policy = read_hugging_face(folder, devices, dtype)
         tokenizer = read(folder) if _has_tokenizer(folder) else None
+        values, model, policy = read_hugging_face(folder, devices, dtype)
         return Loaded(model, policy, tokenizer, devices, _promised({"config": values}))
     described = weights.describe(folder)
     precision = described.precision if dtype is None else precision_of(dtype)
@@ -105,14 +106,17 @@ def read_hugging_face(folder: Path, mesh: Any, dtype: str | None = None) -> tupl
     path = folder / CONFIG
     try:
         values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("its settings have no names")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): give a folder with config.json and safetensors.") from error
-    files = Store(folder)
-    family, model = convert.described(Config(values, str(path)), files.shapes)
+    config, files = language_part(Config(values, str(path)), Store(folder))
+    family, model = convert.described(config, files.shapes)
+    _ = config.positions  # wrong ones are told now
     stored = {kind for _, kind in files.shapes.values()}
     precision = precision_of(dtype or ("BF16" if stored == {"BF16"} else "F32"))
     params, buffers = convert.load(family, model, files, mesh=mesh, precision=precision)
-    return values, model, model.bind(params, buffers, precision, platform=mesh.devices.flat[0].platform)
+    return dict(config.values), model, model.bind(params, buffers, precision, platform=mesh.devices.flat[0].platform)
 
 
 def import_model(options: argparse.Namespace) -> int:
@@ -120,6 +124,8 @@ def import_model(options: argparse.Namespace) -> int:
     folder = Path(options.path)
     out = Path(options.out) if options.out else store.place(options.runs) / "hf" / folder.resolve().name
     check_empty(out)
+    if _has_tokenizer(folder):
+        read(folder)  # whether it can be, before anything is written
     mesh = sharding.make_mesh(mesh_of(options.mesh))
     values, model, policy = read_hugging_face(folder, mesh, options.dtype)
     origin = {"kind": "hf", "config": values}
@@ -172,7 +178,7 @@ def _kind(name: str, dtype: np.dtype) -> np.dtype:
 def _promised(origin: Any) -> int:
     """The most positions that a model is said to take: those it was trained on."""
     if isinstance(origin, dict):
-        return int(origin["config"].get("max_position_embeddings") or origin["config"].get("n_positions") or 2048)
+        return Config(origin["config"]).positions
     return origin.source.sequence_length
 
 

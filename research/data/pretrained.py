@@ -122,8 +122,10 @@ def _settings(folder: Path) -> dict[str, Any]:
             continue
         try:
             values = json.loads((folder / name).read_text())
+            if not isinstance(values, dict):
+                raise ValueError("its settings have no names")
         except ValueError as error:
-            raise TokenizerError(f"{folder / name} is not JSON ({error}): fetch it again.") from error
+            raise TokenizerError(f"{folder / name} is not JSON of settings ({error}): fetch it again.") from error
         keys = [f"{kind}_token{end}" for kind in ("bos", "eos", "pad") for end in ("", "_id")] + ["add_bos_token"]
         found.update({key: values[key] for key in keys if values.get(key) is not None})
     return found

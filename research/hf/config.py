@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading and writing the config.json of Hugging Face models: what all families share."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from research.core.types import UserError
@@ -19,6 +20,22 @@ from research.models.stack import AttentionKind
 
 T = TypeVar("T")
 MISSING = object()
+# Settings that change no logits here: bookkeeping, dropout, auxiliary losses, token ids, and how text is drawn.
+NEUTRAL = {
+    "architectures", "auto_map", "model_type", "name_or_path", "_name_or_path", "transformers_version", "dtype",
+    "torch_dtype", "tokenizer_class", "return_dict", "output_hidden_states", "output_attentions",
+    "output_router_logits", "id2label", "label2id", "problem_type", "task_specific_params", "finetuning_task",
+    "is_decoder", "is_encoder_decoder", "use_cache", "cache_implementation", "prefix", "chunk_size_feed_forward",
+    "gradient_checkpointing", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset",
+    "reorder_and_upcast_attn", "pretraining_tp", "ep_size", "initializer_range", "max_position_embeddings", "n_ctx",
+    "head_dim", "qk_head_dim", "attention_dropout", "hidden_dropout", "hidden_dropout_prob", "attn_pdrop",
+    "embd_pdrop", "resid_pdrop", "classifier_dropout", "router_aux_loss_coef", "router_jitter_noise",
+    "aux_loss_alpha", "seq_aux", "num_nextn_predict_layers", "bos_token_id", "eos_token_id", "pad_token_id",
+    "unk_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id", "max_length", "min_length", "do_sample",
+    "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p",
+    "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "num_return_sequences", "finetuned",
+    "unsloth_fixed", "unsloth_version",
+}  # fmt: skip
 
 
 class Unfit(UserError):
@@ -27,19 +44,48 @@ class Unfit(UserError):
 
 @dataclass(frozen=True)
 class Config:
-    """A config.json as read, that says plainly what it lacks or has otherwise."""
+    """A config.json as read, that says plainly what it lacks or has otherwise. read: the names that were asked for."""
 
     values: Mapping[str, Any]
     where: str = "config.json"
+    read: set[str] = field(default_factory=set, compare=False, repr=False)
 
-    def get(self, name: str, default: Any = MISSING) -> Any:
-        """A value; null counts as absent. Raises UserError where it is absent and has no default."""
+    def get(self, name: str, default: Any = MISSING, *, absent: Any = MISSING) -> Any:
+        """A value. null is ``default``, and so is what is not there, unless that is ``absent``. Raises UserError where
+        there is no default."""
+        self.read.add(name)
         found = self.values.get(name)
-        if found is None:
-            if default is MISSING:
-                raise UserError(f"{self.where} has no {name}: give the config.json that belongs to the weights.")
-            return default
+        if found is not None:
+            return found
+        if absent is not MISSING and name not in self.values:
+            return absent
+        if default is MISSING:
+            raise UserError(f"{self.where} has no {name}: give the config.json that belongs to the weights.")
+        return default
+
+    def whole(self, name: str, default: Any = MISSING, *, absent: Any = MISSING, least: int | None = None) -> int:
+        """least: the least that it may be; None: 1 where the value must be given, else 0."""
+        found = self.get(name, default, absent=absent)
+        least = least if least is not None else int(default is MISSING)
+        if isinstance(found, bool) or not isinstance(found, int | float) or found != int(found) or found < least:
+            raise UserError(f"{self.where} has {name} = {found!r}: it must be a whole number of at least {least}.")
+        return int(found)
+
+    def number(self, name: str, default: Any = MISSING, *, absent: Any = MISSING) -> float:
+        found = self.get(name, default, absent=absent)
+        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+            raise UserError(f"{self.where} has {name} = {found!r}: it must be a number.")
+        return float(found)
+
+    def flag(self, name: str, default: bool) -> bool:
+        found = self.get(name, default)
+        if not isinstance(found, bool):
+            raise UserError(f"{self.where} has {name} = {found!r}: it must be true or false.")
         return found
+
+    def unused(self, *names: str) -> None:
+        """Settings that mean nothing beside others."""
+        self.read.update(names)
 
     def must(self, name: str, allowed: Sequence[Any], default: Any = MISSING) -> Any:
         """Raises UserError where a value is not one of those that can be had here."""
@@ -49,45 +95,89 @@ class Config:
             raise UserError(f"{self.where} has {name} = {found!r}, which is not supported: it must be {choices}.")
         return found
 
+    def part(self, name: str) -> Mapping[str, Any]:
+        found = self.get(name, {})
+        if not isinstance(found, Mapping):
+            raise UserError(f"{self.where} has {name} = {found!r}: it must be settings by name.")
+        return found
+
+    def check_read(self) -> None:
+        """Raises UserError naming a setting that nobody asked for, unless it changes no logits or is off."""
+        if self.values.get("quantization_config"):
+            raise UserError(f"{self.where} is of quantized weights, which are not supported: give them in bfloat16.")
+        for name, value in self.values.items():
+            if value and name not in self.read and name not in NEUTRAL and not name.startswith("summary_"):
+                raise UserError(
+                    f"{self.where} has {name} = {value!r}, which is not supported in this family: remove it if the "
+                    "weights were made without it."
+                )
+
+    @property
+    def positions(self) -> int:
+        """The most positions that the model is said to take."""
+        name = "n_positions" if self.get("max_position_embeddings", None) is None else "max_position_embeddings"
+        return self.whole(name, 2048, least=1)
+
     @property
     def rope(self) -> Mapping[str, Any]:
         """Rotary settings of either spelling: ``rope_parameters``, or ``rope_theta`` beside ``rope_scaling``."""
-        new = self.get("rope_parameters", {})
-        old = {name: self.values[name] for name in ("rope_theta",) if self.values.get(name) is not None}
-        return {**old, **self.get("rope_scaling", {}), **new}
+        theta = self.get("rope_theta", None)
+        old = {} if theta is None else {"rope_theta": theta}
+        return {**old, **self.part("rope_scaling"), **self.part("rope_parameters")}
 
 
-def rotary(config: Config, settings: Mapping[str, Any] | None = None, *, fraction: float = 1.0) -> Rotary:
-    """The rotary positions of a config, or of ``settings`` where layers differ. Raises UserError for a kind of scaling
-    that is not here, by its name."""
-    rope = config.rope if settings is None else settings
+def rotary(
+    config: Config, settings: Mapping[str, Any] | None = None, *, fraction: float | None = None, theta: float = 10_000.0
+) -> Rotary:
+    """The rotary positions of a config, or of ``settings`` where layers differ.
+
+    fraction: of each head that turns, where a family has that; theta: the family's own. Raises UserError for a kind of
+    scaling that is not here, by its name.
+    """
+    rope = Config(config.rope if settings is None else settings, f"{config.where} (rotary positions)")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    original = rope.get("original_max_position_embeddings") or config.get("max_position_embeddings", 0)
+    if fraction is None:
+        rope.must("partial_rotary_factor", (1.0,), config.get("partial_rotary_factor", 1.0))
+    else:
+        rope.get("partial_rotary_factor", fraction)
     scaling: Scaling | None = None
     if kind == "linear":
-        scaling = Linear(float(rope["factor"]))
+        scaling = Linear(rope.number("factor"))
     elif kind == "llama3":
-        scaling = Llama3(
-            float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), int(original)
-        )
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        scaling = Llama3(*(rope.number(name) for name in names), _original(config, rope))
     elif kind == "yarn":
-        number = lambda name: None if rope.get(name) is None else float(rope[name])  # noqa: E731
+        optional = lambda name: None if rope.get(name, None) is None else rope.number(name)  # noqa: E731
+        all_dim = optional("mscale_all_dim")
+        if all_dim and not str(config.get("model_type", "")).startswith("deepseek"):
+            raise UserError(f"{rope.where} has mscale_all_dim = {all_dim}, which only DeepSeek's attention has.")
         scaling = Yarn(
-            float(rope["factor"]),
-            int(original),
-            beta_fast=float(rope.get("beta_fast") or 32),
-            beta_slow=float(rope.get("beta_slow") or 1),
-            attention_factor=number("attention_factor"),
-            mscale=number("mscale"),
-            mscale_all_dim=number("mscale_all_dim"),
-            truncate=bool(rope.get("truncate", True)),
+            rope.number("factor"),
+            _original(config, rope),
+            beta_fast=rope.number("beta_fast", 32),
+            beta_slow=rope.number("beta_slow", 1),
+            attention_factor=optional("attention_factor"),
+            mscale=optional("mscale"),
+            mscale_all_dim=all_dim,
+            truncate=rope.flag("truncate", True),
         )
-    elif kind not in ("default", "mrope_default"):
+    elif kind != "default":
         raise UserError(
             f"{config.where} has the rope_type {kind!r}, which is not supported: it must be default, linear, llama3 or "
             "yarn."
         )
-    return Rotary(float(rope.get("rope_theta", 10_000.0)), fraction, scaling)
+    found = Rotary(rope.number("rope_theta", theta), fraction or 1.0, scaling)
+    if kind != "default":  # without scaling its settings mean nothing
+        rope.check_read()
+    return found
+
+
+def _original(config: Config, rope: Config) -> int:
+    """The length that a model was trained at before its positions were stretched."""
+    name = "original_max_position_embeddings"
+    if rope.get(name, None) is not None:
+        return rope.whole(name, least=1)
+    return config.whole(name if config.get(name, None) is not None else "max_position_embeddings")
 
 
 def rope_config(position: Position) -> dict[str, Any]:
@@ -130,7 +220,9 @@ def repeating(kinds: Sequence[T]) -> T | tuple[T, ...]:
 
 def layer_types(config: Config, count: int, default: Sequence[str]) -> list[str]:
     """Which layers see a window."""
-    found = list(config.get("layer_types", default))
+    found = config.get("layer_types", list(default))
+    if not isinstance(found, list):
+        raise UserError(f"{config.where} has layer_types = {found!r}: it must be a list.")
     allowed = ("full_attention", "sliding_attention")
     for kind in found:
         if kind not in allowed:
@@ -198,8 +290,9 @@ def canonical(model: Decoder) -> Decoder:
     )
 
 
-def rms(config: Config, *, offset: float = 0.0) -> Norm:
-    return Norm("rms", float(config.get("rms_norm_eps", 1e-6)), offset=offset)
+def rms(config: Config, *, offset: float = 0.0, eps: float = 1e-6) -> Norm:
+    """eps: the family's own."""
+    return Norm("rms", config.number("rms_norm_eps", eps), offset=offset)
 
 
 def common(model: Decoder, mlp: Mlp | Moe, length: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Everything that can be told from names, shapes and dtypes is told before a singl
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from research.core.types import Array, Params, Precision, UserError
 from research.hf import deepseek, gemma, gpt2, gpt_neox, llama, mixtral, phi3, qwen, tables
 from research.hf.config import Config, Unfit, canonical
 from research.hf.family import Family
+from research.hf.multimodal import Files
 from research.hf.tables import Table, Tensor
 from research.models.decoder import Decoder
 
@@ -29,15 +30,6 @@ FAMILIES = (
 )  # fmt: skip
 DTYPES = ("F32", "F16", "BF16")
 LISTED = 4
-
-
-class Files(Protocol):
-    """Tensors by name (``research.hf.store.Store``). shapes: shape and dtype of each, as safetensors names them."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[tuple[int, ...], str]]: ...
-
-    def read(self, name: str) -> np.ndarray: ...
 
 
 class Imported(NamedTuple):
@@ -57,9 +49,10 @@ def family_of(config: Config) -> Family:
 
 def described(config: Config, names: Iterable[str]) -> tuple[Family, Decoder]:
     """The family and the model of a config whose tensors have these names: layers that predict further tokens are there
-    where their tensors are."""
+    where their tensors are. Raises UserError for a setting that is not supported."""
     family = family_of(config)
     model, names = family.model(config), set(names)
+    config.check_read()
     for begin in _further(family.table, model):
         if begin + family.table.ahead[0].name in names:
             model = replace(model, ahead=model.ahead + 1)

@@ -56,13 +56,15 @@ TABLE = Table(top=EMBEDDINGS, layers=NORMS + ATTENTION + EXPERTS + MLP, ahead=FU
 def latent(config: Config) -> LatentAttention:
     config.must("attention_bias", (False,), False)
     config.must("rope_interleave", (True,), True)
+    heads = config.whole("num_attention_heads")
+    config.must("num_key_value_heads", (heads,), heads)
     return LatentAttention(
-        num_heads=int(config.get("num_attention_heads")),
-        kv_rank=int(config.get("kv_lora_rank")),
-        q_rank=int(config.get("q_lora_rank", 0)),
-        nope_dim=int(config.get("qk_nope_head_dim")),
-        rope_dim=int(config.get("qk_rope_head_dim")),
-        v_dim=int(config.get("v_head_dim")),
+        num_heads=heads,
+        kv_rank=config.whole("kv_lora_rank"),
+        q_rank=config.whole("q_lora_rank", 0),
+        nope_dim=config.whole("qk_nope_head_dim"),
+        rope_dim=config.whole("qk_rope_head_dim"),
+        v_dim=config.whole("v_head_dim"),
         norm=Norm(),  # its epsilon is 1e-6 whatever rms_norm_eps is
     )
 
@@ -70,10 +72,10 @@ def latent(config: Config) -> LatentAttention:
 def _decoder(config: Config, router: Sigmoid | TopK) -> Decoder:
     config.must("hidden_act", ("silu",), "silu")
     config.must("moe_layer_freq", (1,), 1)
-    width, dense = int(config.get("moe_intermediate_size")), int(config.get("first_k_dense_replace"))
-    shared = width * int(config.get("n_shared_experts", 0))
-    moe = Moe(int(config.get("n_routed_experts")), width, router, shared_d_ff=shared)
-    first = (Mlp(int(config.get("intermediate_size"))),) * dense
+    width, dense = config.whole("moe_intermediate_size"), config.whole("first_k_dense_replace", least=0)
+    shared = width * config.whole("n_shared_experts", 0)
+    moe = Moe(config.whole("n_routed_experts"), width, router, shared_d_ff=shared)
+    first = (Mlp(config.whole("intermediate_size")),) * dense
     return decoder_of(config, latent(config), moe, first=first)
 
 
@@ -81,11 +83,11 @@ def deepseek_v3(config: Config) -> Decoder:
     config.must("scoring_func", ("sigmoid",), "sigmoid")
     config.must("topk_method", ("noaux_tc",), "noaux_tc")
     router = Sigmoid(
-        k=int(config.get("num_experts_per_tok")),
-        groups=int(config.get("n_group")),
-        top_groups=int(config.get("topk_group")),
-        scale=float(config.get("routed_scaling_factor")),
-        renormalise=bool(config.get("norm_topk_prob", True)),
+        k=config.whole("num_experts_per_tok"),
+        groups=config.whole("n_group"),
+        top_groups=config.whole("topk_group"),
+        scale=config.number("routed_scaling_factor"),
+        renormalise=config.flag("norm_topk_prob", True),
     )
     return _decoder(config, router)
 
@@ -95,11 +97,11 @@ def deepseek_v2(config: Config) -> Decoder:
     config.must("norm_topk_prob", (False,), False)
     grouped = config.must("topk_method", ("greedy", "group_limited_greedy"), "greedy") != "greedy"
     router = TopK(
-        int(config.get("num_experts_per_tok")),
+        config.whole("num_experts_per_tok"),
         renormalise=False,
-        groups=int(config.get("n_group", 1)) if grouped else 1,
-        top_groups=int(config.get("topk_group", 1)) if grouped else 1,
-        scale=float(config.get("routed_scaling_factor", 1.0)),
+        groups=config.whole("n_group", 1) if grouped else 1,
+        top_groups=config.whole("topk_group", 1) if grouped else 1,
+        scale=config.number("routed_scaling_factor", 1.0),
     )
     return _decoder(config, router)
 

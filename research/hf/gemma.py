@@ -36,21 +36,21 @@ SANDWICH_TABLE = Table(top=EMBEDDINGS, layers=SANDWICH + ATTENTION + MLP)
 TANH = ("gelu_pytorch_tanh", "gelu_tanh", "gelu_new")
 
 
-def decoder(config: Config, attention: Any, **more: Any) -> Decoder:
+def decoder(config: Config, attention: Any, *, logit_cap: float = 0.0, **more: Any) -> Decoder:
     found = decoder_of(
         config,
         attention,
-        Mlp(int(config.get("intermediate_size")), "geglu"),
+        Mlp(config.whole("intermediate_size"), "geglu"),
         norm=rms(config, offset=1.0),
-        embedding_scale=math.sqrt(int(config.get("hidden_size"))),
-        logit_cap=float(config.get("final_logit_softcapping", 0.0)),
+        embedding_scale=math.sqrt(config.whole("hidden_size")),
+        logit_cap=logit_cap,
         **more,
     )
-    return replace(found, head="tied" if config.get("tie_word_embeddings", True) else "untied")
+    return replace(found, head="tied" if config.flag("tie_word_embeddings", True) else "untied")
 
 
 def bias(config: Config) -> str:
-    return "all" if config.get("attention_bias", False) else "none"
+    return "all" if config.flag("attention_bias", False) else "none"
 
 
 def gemma(config: Config) -> Decoder:
@@ -59,42 +59,48 @@ def gemma(config: Config) -> Decoder:
         config.must("hidden_act", ("gelu", *TANH), "gelu")
     else:
         config.must("hidden_activation", TANH)
+        config.unused("hidden_act")
     return decoder(config, attention_of(config, bias=bias(config)))
 
 
 def scaled(config: Config, **more: Any) -> Attention:
     """Attention with scores over the square root of ``query_pre_attn_scalar``."""
+    config.unused("sliding_window_size")  # some files say it twice
     config.must("hidden_activation", TANH, TANH[0])
+    config.unused("hidden_act")
     config.must("use_bidirectional_attention", (False,), False)
     attention = attention_of(config, bias=bias(config), **more)
-    scale = float(config.get("query_pre_attn_scalar", 256)) ** -0.5
+    scale = config.number("query_pre_attn_scalar", 256) ** -0.5
     return replace(attention, scale=scale)
 
 
 def gemma2(config: Config) -> Decoder:
-    count = int(config.get("num_hidden_layers"))
-    full = scaled(config, cap=float(config.get("attn_logit_softcapping", 0.0)))
-    local = replace(full, window=int(config.get("sliding_window", 4096)))
+    count = config.whole("num_hidden_layers")
+    full = scaled(config, cap=config.number("attn_logit_softcapping", 0.0, absent=50.0))
+    local = replace(full, window=config.whole("sliding_window", 4096))
     default = ["full_attention" if i % 2 else "sliding_attention" for i in range(count)]
     kinds = {"full_attention": full, "sliding_attention": local}
     attention = repeating([kinds[kind] for kind in layer_types(config, count, default)])
-    return decoder(config, attention, norms="sandwich")
+    cap = config.number("final_logit_softcapping", 0.0, absent=30.0)
+    return decoder(config, attention, logit_cap=cap, norms="sandwich")
 
 
 def gemma3(config: Config) -> Decoder:
-    count, rope = int(config.get("num_hidden_layers")), config.get("rope_parameters", {})
-    every = int(config.get("sliding_window_pattern", config.get("_sliding_window_pattern", 6)))
-    if "full_attention" in rope:
-        far, near = (rotary(config, rope[f"{kind}_attention"]) for kind in ("full", "sliding"))
+    count, rope = config.whole("num_hidden_layers"), Config(config.part("rope_parameters"), config.where)
+    every = config.whole("sliding_window_pattern", config.get("_sliding_window_pattern", 6), least=1)
+    if "full_attention" in rope.values:
+        far = rotary(config, rope.part("full_attention"), theta=1e6)
+        near = rotary(config, rope.part("sliding_attention"))
     else:
-        far = rotary(config, {"rope_theta": 1_000_000.0, **config.rope})
-        near = rotary(config, {"rope_theta": float(config.get("rope_local_base_freq", 10_000.0))})
+        far = rotary(config, theta=1e6)
+        near = rotary(config, {"rope_theta": config.number("rope_local_base_freq", 10_000.0)})
     full = replace(scaled(config), qk_norm=rms(config, offset=1.0), position=far)
-    local = replace(full, window=int(config.get("sliding_window", 4096)), position=near)
+    local = replace(full, window=config.whole("sliding_window", 4096), position=near)
     default = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(count)]
     kinds = {"full_attention": full, "sliding_attention": local}
     attention = repeating([kinds[kind] for kind in layer_types(config, count, default)])
-    return decoder(config, attention, norms="sandwich", position=far)
+    cap = config.number("final_logit_softcapping", 0.0)
+    return decoder(config, attention, logit_cap=cap, norms="sandwich", position=far)
 
 
 def gemma_config(model: Decoder, length: int) -> dict[str, Any]:

@@ -52,16 +52,16 @@ def gpt2(config: Config) -> Decoder:
     config.must("activation_function", ("gelu_new", "gelu_pytorch_tanh"), "gelu_new")
     config.must("scale_attn_weights", (True,), True)
     config.must("scale_attn_by_inverse_layer_idx", (False,), False)
-    width = int(config.get("n_embd"))
+    width = config.whole("n_embd")
     return Decoder(
-        vocab_size=int(config.get("vocab_size")),
+        vocab_size=config.whole("vocab_size"),
         d_model=width,
-        num_layers=int(config.get("n_layer")),
-        attention=Attention(int(config.get("n_head")), bias="all"),
-        mlp=Mlp(int(config.get("n_inner", 4 * width)), "gelu", bias=True),
-        norm=Norm("layer", float(config.get("layer_norm_epsilon", 1e-5))),
-        position=Learned(int(config.get("n_positions"))),
-        head="tied" if config.get("tie_word_embeddings", True) else "untied",
+        num_layers=config.whole("n_layer"),
+        attention=Attention(config.whole("n_head"), bias="all"),
+        mlp=Mlp(config.whole("n_inner", 4 * width), "gelu", bias=True),
+        norm=Norm("layer", config.number("layer_norm_epsilon", 1e-5)),
+        position=Learned(config.whole("n_positions")),
+        head="tied" if config.flag("tie_word_embeddings", True) else "untied",
     )
 
 

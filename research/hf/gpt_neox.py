@@ -50,20 +50,20 @@ TABLE = Table(
 
 def gpt_neox(config: Config) -> Decoder:
     kind = config.must("hidden_act", tuple(ACTIVATIONS), "gelu")
-    rope = {"rope_theta": config.get("rotary_emb_base", 10_000), **config.rope}
-    fraction = float(rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25)))
+    theta, rope = config.number("rotary_emb_base", 10_000), config.rope
+    fraction = Config(rope, config.where).number("partial_rotary_factor", config.number("rotary_pct", 0.25))
     return Decoder(
-        vocab_size=int(config.get("vocab_size")),
-        d_model=int(config.get("hidden_size")),
-        num_layers=int(config.get("num_hidden_layers")),
+        vocab_size=config.whole("vocab_size"),
+        d_model=config.whole("hidden_size"),
+        num_layers=config.whole("num_hidden_layers"),
         attention=Attention(
-            int(config.get("num_attention_heads")), bias="all" if config.get("attention_bias", True) else "none"
+            config.whole("num_attention_heads"), bias="all" if config.flag("attention_bias", True) else "none"
         ),
-        mlp=Mlp(int(config.get("intermediate_size")), ACTIVATIONS[kind], bias=True),  # type: ignore[arg-type]
-        norm=Norm("layer", float(config.get("layer_norm_eps", 1e-5))),
-        position=rotary(config, rope, fraction=fraction),
-        head="tied" if config.get("tie_word_embeddings", False) else "untied",
-        residual="parallel" if config.get("use_parallel_residual", True) else "sequential",
+        mlp=Mlp(config.whole("intermediate_size"), ACTIVATIONS[kind], bias=True),  # type: ignore[arg-type]
+        norm=Norm("layer", config.number("layer_norm_eps", 1e-5)),
+        position=rotary(config, rope, fraction=fraction, theta=theta),
+        head="tied" if config.flag("tie_word_embeddings", False) else "untied",
+        residual="parallel" if config.flag("use_parallel_residual", True) else "sequential",
     )
 
 

@@ -45,24 +45,27 @@ TABLE = Table(top=EMBEDDINGS, layers=NORMS + ATTENTION + MLP)
 
 def attention_of(config: Config, **more: Any) -> Attention:
     """Heads as every config since LLaMA names them."""
-    heads = int(config.get("num_attention_heads"))
+    heads = config.whole("num_attention_heads")
     return Attention(
         num_heads=heads,
-        num_kv_heads=int(config.get("num_key_value_heads", heads)),
-        head_dim=int(config.get("head_dim", int(config.get("hidden_size")) // heads)),
+        num_kv_heads=config.whole("num_key_value_heads", heads),
+        head_dim=config.whole("head_dim", config.whole("hidden_size") // heads, least=1),
         **more,
     )
 
 
 def decoder_of(config: Config, attention: Any, mlp: Any, **more: Any) -> Decoder:
+    more.setdefault("norm", rms(config))
+    if "position" not in more:
+        more["position"] = rotary(config)
     return Decoder(
-        vocab_size=int(config.get("vocab_size")),
-        d_model=int(config.get("hidden_size")),
-        num_layers=int(config.get("num_hidden_layers")),
+        vocab_size=config.whole("vocab_size"),
+        d_model=config.whole("hidden_size"),
+        num_layers=config.whole("num_hidden_layers"),
         attention=attention,
         mlp=mlp,
-        head="tied" if config.get("tie_word_embeddings", False) else "untied",
-        **{"norm": rms(config), "position": rotary(config), **more},
+        head="tied" if config.flag("tie_word_embeddings", False) else "untied",
+        **more,
     )
 
 
@@ -79,8 +82,8 @@ def heads_config(attention: Attention, model: Decoder) -> dict[str, Any]:
 
 def llama(config: Config) -> Decoder:
     config.must("hidden_act", ("silu",), "silu")
-    bias = "all" if config.get("attention_bias", False) else "none"
-    mlp = Mlp(int(config.get("intermediate_size")), bias=bool(config.get("mlp_bias", False)))
+    bias = "all" if config.flag("attention_bias", False) else "none"
+    mlp = Mlp(config.whole("intermediate_size"), bias=config.flag("mlp_bias", False))
     return decoder_of(config, attention_of(config, bias=bias), mlp)
 
 
@@ -93,8 +96,8 @@ def llama_config(model: Decoder, length: int) -> dict[str, Any]:
 
 def mistral(config: Config) -> Decoder:
     config.must("hidden_act", ("silu",), "silu")
-    window = int(config.get("sliding_window", 0))
-    return decoder_of(config, attention_of(config, window=window), Mlp(int(config.get("intermediate_size"))))
+    window = config.whole("sliding_window", 0, absent=4096)
+    return decoder_of(config, attention_of(config, window=window), Mlp(config.whole("intermediate_size")))
 
 
 def mistral_config(model: Decoder, length: int) -> dict[str, Any]:

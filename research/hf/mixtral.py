@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from research.hf.config import Config, common, need, one_attention
+from research.hf.config import Config, common, need, one_attention, rms, rotary
 from research.hf.family import Family
 from research.hf.llama import ATTENTION, EMBEDDINGS, NORMS, attention_of, decoder_of, heads_config
 from research.hf.tables import Table, weight
@@ -22,9 +22,10 @@ TABLE = Table(top=EMBEDDINGS, layers=NORMS + ATTENTION + EXPERTS)
 
 def mixtral(config: Config) -> Decoder:
     config.must("hidden_act", ("silu",), "silu")
-    router = TopK(int(config.get("num_experts_per_tok", 2)))
-    moe = Moe(int(config.get("num_local_experts")), int(config.get("intermediate_size")), router)
-    return decoder_of(config, attention_of(config, window=int(config.get("sliding_window", 0))), moe)
+    router = TopK(config.whole("num_experts_per_tok", 2))
+    moe = Moe(config.whole("num_local_experts"), config.whole("intermediate_size"), router)
+    attention = attention_of(config, window=config.whole("sliding_window", 0))
+    return decoder_of(config, attention, moe, norm=rms(config, eps=1e-5), position=rotary(config, theta=1e6))
 
 
 def mixtral_config(model: Decoder, length: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from research.hf.config import Config, common, need, one_attention, one_mlp, rotary
+from research.hf.config import Config, common, need, one_attention, one_mlp, rms, rotary
 from research.hf.family import Family
 from research.hf.llama import EMBEDDINGS, NORMS, attention_of, decoder_of, heads_config
 from research.hf.tables import Part, Table, line, weight
@@ -35,11 +35,12 @@ TABLE = Table(
 def phi3(config: Config) -> Decoder:
     config.must("hidden_act", ("silu",), "silu")
     config.must("attention_bias", (False,), False)
+    config.unused("original_max_position_embeddings")  # of a scaling, which would read it
     rope = config.rope
-    fraction = float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)))
-    attention = attention_of(config, window=int(config.get("sliding_window", 0)))
-    mlp = Mlp(int(config.get("intermediate_size")))
-    return decoder_of(config, attention, mlp, position=rotary(config, rope, fraction=fraction))
+    fraction = Config(rope, config.where).number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    attention = attention_of(config, window=config.whole("sliding_window", 0))
+    mlp = Mlp(config.whole("intermediate_size"))
+    return decoder_of(config, attention, mlp, norm=rms(config, eps=1e-5), position=rotary(config, fraction=fraction))
 
 
 def phi3_config(model: Decoder, length: int) -> dict[str, Any]:

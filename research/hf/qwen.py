@@ -29,11 +29,12 @@ MOE_TABLE = Table(top=EMBEDDINGS, layers=NORMS + ATTENTION + EXPERTS + MLP)
 
 def attentions(config: Config, **more: Any) -> Attention | tuple[Attention, ...]:
     """Layers from ``max_window_layers`` on see a window, where windows are in use at all."""
-    count, full = int(config.get("num_hidden_layers")), attention_of(config, **more)
-    if not config.get("use_sliding_window", False):
+    count, full = config.whole("num_hidden_layers"), attention_of(config, **more)
+    local = replace(full, window=config.whole("sliding_window", 0, absent=4096))
+    first = config.whole("max_window_layers", 28)
+    if not config.flag("use_sliding_window", False):
+        config.unused("layer_types")
         return full
-    local = replace(full, window=int(config.get("sliding_window", 4096)))
-    first = int(config.get("max_window_layers", 28))
     default = ["full_attention" if i < first else "sliding_attention" for i in range(count)]
     kinds = {"full_attention": full, "sliding_attention": local}
     return repeating([kinds[kind] for kind in layer_types(config, count, default)])
@@ -57,7 +58,7 @@ def attentions_config(model: Decoder) -> tuple[Attention, dict[str, Any]]:
 
 def qwen2(config: Config) -> Decoder:
     config.must("hidden_act", ("silu",), "silu")
-    return decoder_of(config, attentions(config, bias="qkv"), Mlp(int(config.get("intermediate_size"))))
+    return decoder_of(config, attentions(config, bias="qkv"), Mlp(config.whole("intermediate_size")))
 
 
 def qwen2_config(model: Decoder, length: int) -> dict[str, Any]:
@@ -68,13 +69,13 @@ def qwen2_config(model: Decoder, length: int) -> dict[str, Any]:
 
 
 def qwen3_attention(config: Config) -> Attention | tuple[Attention, ...]:
-    bias = "all" if config.get("attention_bias", False) else "none"
+    bias = "all" if config.flag("attention_bias", False) else "none"
     return attentions(config, bias=bias, qk_norm=rms(config))
 
 
 def qwen3(config: Config) -> Decoder:
     config.must("hidden_act", ("silu",), "silu")
-    return decoder_of(config, qwen3_attention(config), Mlp(int(config.get("intermediate_size"))))
+    return decoder_of(config, qwen3_attention(config), Mlp(config.whole("intermediate_size")))
 
 
 def qwen3_config(model: Decoder, length: int) -> dict[str, Any]:
@@ -87,11 +88,11 @@ def qwen3_config(model: Decoder, length: int) -> dict[str, Any]:
 
 def experts(config: Config, *, count: str, **more: Any) -> Mlp | Moe | tuple[Mlp | Moe, ...]:
     """The feed-forwards: every ``decoder_sparse_step``-th layer has experts, but for ``mlp_only_layers``."""
-    router = TopK(int(config.get("num_experts_per_tok")), renormalise=bool(config.get("norm_topk_prob", False)))
-    moe = Moe(int(config.get(count)), int(config.get("moe_intermediate_size")), router, **more)
-    step, dense = int(config.get("decoder_sparse_step", 1)), config.get("mlp_only_layers", [])
-    mlp = Mlp(int(config.get("intermediate_size", 0)))
-    kinds = [mlp if (i + 1) % step or i in dense else moe for i in range(int(config.get("num_hidden_layers")))]
+    router = TopK(config.whole("num_experts_per_tok"), renormalise=config.flag("norm_topk_prob", False))
+    moe = Moe(config.whole(count), config.whole("moe_intermediate_size"), router, **more)
+    step, dense = config.whole("decoder_sparse_step", 1), config.get("mlp_only_layers", [])
+    mlp = Mlp(config.whole("intermediate_size", 0))
+    kinds = [mlp if (i + 1) % step or i in dense else moe for i in range(config.whole("num_hidden_layers"))]
     return repeating(kinds)
 
 
@@ -114,11 +115,11 @@ def experts_config(model: Decoder) -> tuple[Moe, dict[str, Any]]:
 
 def qwen2_moe(config: Config) -> Decoder:
     config.must("hidden_act", ("silu",), "silu")
-    bias = "qkv" if config.get("qkv_bias", True) else "none"
-    shared = int(config.get("shared_expert_intermediate_size"))
+    bias = "qkv" if config.flag("qkv_bias", True) else "none"
+    shared = config.whole("shared_expert_intermediate_size")
     moe = experts(config, count="num_experts", shared_d_ff=shared, shared_gate=True)
     config.must("use_sliding_window", (False,), False)
-    return decoder_of(config, attention_of(config, bias=bias), moe)
+    return decoder_of(config, attentions(config, bias=bias), moe)
 
 
 def qwen2_moe_config(model: Decoder, length: int) -> dict[str, Any]:
