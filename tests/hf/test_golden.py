@@ -10,9 +10,10 @@ import pytest
 
 from research.core import sharding
 from research.core.sharding import MeshSpec
-from research.core.types import Precision
+from research.core.types import Precision, UserError
 from research.hf import convert
 from research.hf.config import Config, canonical
+from research.hf.multimodal import language_part
 from tests.hf.golden import weights
 
 FOLDER = Path(__file__).parent / "golden"
@@ -66,3 +67,27 @@ def test_logits_are_those_of_transformers(case):
     for name, shape, fetch in convert.tensors(family, model, params, buffers):
         np.testing.assert_array_equal(fetch(), files.arrays[name])
         assert shape == files.arrays[name].shape
+
+
+@pytest.mark.parametrize(
+    "names", [("language_model.model.", "vision_tower.x"), ("model.language_model.", "model.vision_tower.x")]
+)
+def test_the_language_model_of_one_that_sees_pictures(names):
+    """Gemma 3 from 4B on: its config nested, its tensors under longer names, and those of pictures beside them."""
+    found = golden("gemma3")
+    plain, config = Drawn(found), json.loads(str(found["config"]))
+    nested = Drawn(found)
+    nested.arrays = {name.replace("model.", names[0], 1): array for name, array in plain.arrays.items()}
+    nested.arrays |= {names[1]: np.zeros(3, np.float32)}
+    nested.shapes = {name: (array.shape, "F32") for name, array in nested.arrays.items()}
+    whole = Config({"model_type": "gemma3", "text_config": config, "vision_config": {}, "mm_tokens_per_image": 256})
+    part, files = language_part(whole, nested)
+    assert dict(files.shapes) == plain.shapes
+    assert convert.described(part, files.shapes) == convert.described(Config(config), plain.shapes)
+    for name, array in plain.arrays.items():
+        np.testing.assert_array_equal(files.read(name), array)
+    short = {name: config[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "model_type")}
+    _, model = convert.described(*language_part(Config({**whole.values, "text_config": short}), nested)[:1], [])
+    assert model.vocab_size == 262_208 and model.attentions[0].num_heads == 8  # what the files leave out
+    with pytest.raises(UserError, match="text_config of 'llama'"):
+        language_part(Config({"model_type": "gemma3", "text_config": {"model_type": "llama"}}), nested)

@@ -93,6 +93,11 @@ def test_a_file_of_prompts_is_completed_where_it_was_left(lab, folder, tmp_path)
     assert code == 0 and "6 texts" in said and "2 of them from before" in said
     again = {(r["index"], r["sample"]): r for r in map(json.loads, out.read_text().splitlines())}
     assert {key: r["text"] for key, r in again.items()} == {key: r["text"] for key, r in whole.items()}
+    again = ("sample", f"{folder}/", *asked[2:])  # the same folder in other words, and a line break inside a string
+    prompts.write_text(prompts.read_text().replace("the dog", "the\u2028dog"))
+    assert lab(*again)[0] == 2 and lab(*again, "--seed", str(2**64))[2].count("\n") == 1
+    out.unlink()
+    assert lab(*again)[0] == lab(*asked)[0] == 0 and "6 of them from before" in lab(*asked)[1]
     code, _, err = lab(*asked, "--seed", "9")
     assert code == 2 and "Line 1 of" in err and "other --out" in err or "name another --out" in err
     best = tmp_path / "best.jsonl"
@@ -150,6 +155,30 @@ def test_what_cannot_be_taken_over_is_one_sentence_and_leaves_nothing(lab, folde
     refused("The weights have model.layers.1", num_hidden_layers=1)
     refused("has the shape", vocab_size=300)
     refused("has no hidden_size", hidden_size=None)
+    refused("attn_logit_softcapping = 5.0, which is not supported in this family", attn_logit_softcapping=5.0)
+    refused("partial_rotary_factor = 0.5, which is not supported: it must be 1.0", partial_rotary_factor=0.5)
+    refused("is of quantized weights", quantization_config={"quant_method": "fp8"})
+    refused("num_hidden_layers = 'two': it must be a whole number of at least 1", num_hidden_layers="two")
+    refused("num_attention_heads = 0: it must be a whole number of at least 1", num_attention_heads=0)
+    refused("tie_word_embeddings = 'no': it must be true or false", tie_word_embeddings="no")
+    refused("rope_theta = 'x': it must be a number", rope_theta="x")
+    refused("rope_scaling = 'linear': it must be settings by name", rope_scaling="linear")
+    refused("has no factor", rope_scaling={"rope_type": "linear"})
+    refused("has no low_freq_factor", rope_scaling={"rope_type": "llama3", "factor": 2.0})
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    refused("mscale_all_dim = 0.8, which only DeepSeek's attention has", rope_scaling={**yarn, "mscale_all_dim": 0.8})
+    refused("max_position_embeddings = 'long': it must be", max_position_embeddings="long")
+    for name, content, words in (
+        ("config.json", "[]", "is not JSON of settings"),
+        ("tokenizer.json", "{", "is no tokenizer that can be read"),
+        ("tokenizer_config.json", "[1]", "is not JSON of settings"),
+    ):
+        shutil.rmtree(other)
+        shutil.copytree(folder, other)
+        (other / name).write_text(content)
+        code, _, err = lab("import", "hf", other, *ONE)
+        assert code == 2 and words in err and err.count("\n") == 1, err
+        assert not (tmp_path / "runs" / "hf").exists()
     code, _, err = lab("sample", tmp_path / "nowhere", "--prompt", "a", *ONE)
     assert code == 2 and "holds no checkpoint" in err
     code, _, err = lab("export", "hf", tmp_path / "nowhere", tmp_path / "x")

@@ -7,6 +7,7 @@ those that one token goes through, embeddings and head included unless said othe
 off rather than rounded, or of a convention that is not said; they are met to 2% or 2.5%, which stands beside them.
 """
 
+import importlib
 from typing import NamedTuple
 
 import pytest
@@ -34,6 +35,7 @@ from research.models.families import (
     yi,
 )
 from research.scaling import cost
+from tests.conftest import ROOT
 
 WEIGHTS, CARD = "total of the published weights", "model card"
 
@@ -193,12 +195,50 @@ def test_parameters_are_those_published(size):
 
 
 def test_every_size_is_held_to_a_published_figure():
-    modules = {size.__module__ for size in SIZES}
-    for name in modules:
-        module = __import__(name, fromlist=["x"])
-        sizes = {f for f in vars(module).values() if callable(f) and getattr(f, "__module__", "") == name}
-        assert (
-            not {f.__name__ for f in sizes if not f.__name__.startswith("_")}
-            - {size.__name__ for size in SIZES}
-            - {"llama", "gopher"}
-        )
+    for path in (ROOT / "research" / "models" / "families").glob("[!_]*.py"):
+        module = importlib.import_module(f"research.models.families.{path.stem}")
+        own = {f for f in vars(module).values() if callable(f) and getattr(f, "__module__", "") == module.__name__}
+        sizes = {f for f in own if not f.__name__.startswith("_")} - {llama.llama, gopher.gopher}  # which take widths
+        assert sizes and sizes <= set(SIZES), path.stem
+
+
+def settings(model):
+    """What no count of parameters shows: head, epsilon, activation, theta and window of each kind of layer."""
+    kinds = []
+    for attention in model.attentions:
+        position = attention.position or model.position
+        kinds.append((getattr(position, "theta", None), getattr(attention, "window", 0)))
+    feed_forward = model.mlp[0] if isinstance(model.mlp, tuple) else model.mlp
+    return model.head, model.norm.eps, feed_forward.activation, sorted(set(kinds), key=str)
+
+
+@pytest.mark.parametrize(
+    ("size", "published"),
+    [
+        (gpt2.gpt2, ("tied", 1e-5, "gelu", [(None, 0)])),
+        (gpt_neox.gpt_neox_20b, ("untied", 1e-5, "gelu", [(1e4, 0)])),
+        (gpt_neox.pythia_70m, ("untied", 1e-5, "gelu_exact", [(1e4, 0)])),
+        (llama.llama_7b, ("untied", 1e-6, "swiglu", [(1e4, 0)])),
+        (llama.llama2_7b, ("untied", 1e-5, "swiglu", [(1e4, 0)])),
+        (llama.llama3_8b, ("untied", 1e-5, "swiglu", [(5e5, 0)])),
+        (mistral.mistral_7b, ("untied", 1e-5, "swiglu", [(1e4, 4096)])),
+        (mixtral.mixtral_8x7b, ("untied", 1e-5, "swiglu", [(1e6, 0)])),
+        (yi.yi_6b, ("untied", 1e-5, "swiglu", [(5e6, 0)])),
+        (qwen.qwen2_7b, ("untied", 1e-6, "swiglu", [(1e6, 0)])),
+        (qwen.qwen2_5_14b, ("untied", 1e-5, "swiglu", [(1e6, 0)])),
+        (qwen.qwen3_0_6b, ("tied", 1e-6, "swiglu", [(1e6, 0)])),
+        (gemma.gemma_2b, ("tied", 1e-6, "geglu", [(1e4, 0)])),
+        (gemma.gemma2_2b, ("tied", 1e-6, "geglu", [(1e4, 0), (1e4, 4096)])),
+        (gemma.gemma3_4b, ("tied", 1e-6, "geglu", [(1e4, 1024), (1e6, 0)])),
+        (deepseek.deepseek_v3, ("untied", 1e-6, "swiglu", [(1e4, 0)])),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_settings_are_those_of_the_published_configs(size, published):
+    assert settings(size()) == published
+
+
+def test_caps_and_scales():
+    assert (gemma.gemma2_2b().attentions[0].cap, gemma.gemma2_2b().logit_cap) == (50.0, 30.0)
+    assert palm.palm_8b().logit_scale == 4096**-0.5  # of a table that is drawn with a deviation of 1
+    assert gemma.gemma_2b().embedding_scale == 2048**0.5

@@ -2,6 +2,8 @@
 """GPT-NeoX-20B (Black et al. 2022, section 2.1) and Pythia (Biderman et al. 2023, table 1): attention and feed-forward
 side by side, each behind its norm; a quarter of each head turns."""
 
+from dataclasses import replace
+
 from research.models.attention import Attention
 from research.models.decoder import Decoder
 from research.models.layers import Norm
@@ -24,7 +26,8 @@ def _neox(d_model: int, num_layers: int, num_heads: int, vocab_size: int = 50_30
 
 
 def gpt_neox_20b() -> Decoder:
-    return _neox(6144, 44, 64, 50_432)
+    """The feed-forward's GELU is the tanh form, Pythia's the exact one."""
+    return replace(_neox(6144, 44, 64, 50_432), mlp=Mlp(4 * 6144, "gelu", bias=True))
 
 
 def pythia_70m() -> Decoder:

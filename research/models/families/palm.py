@@ -16,6 +16,7 @@ def _palm(d_model: int, num_layers: int, num_heads: int) -> Decoder:
         mlp=Mlp(4 * d_model),
         norm=Norm("layer", bias=False),
         head="tied",
+        logit_scale=d_model**-0.5,  # section 5, weight initialization: the table is drawn with a deviation of 1
         residual="parallel_shared",
     )
 

@@ -15,11 +15,19 @@ SMALL, LARGE = 151_936, 152_064  # vocabularies, as padded
 
 
 def _qwen2(
-    d_model: int, num_layers: int, heads: tuple[int, int], d_ff: int, vocab_size: int = SMALL, **more
+    d_model: int,
+    num_layers: int,
+    heads: tuple[int, int],
+    d_ff: int,
+    vocab_size: int = SMALL,
+    *,
+    theta: float = 1e6,
+    eps: float = 1e-6,
+    **more,
 ) -> Decoder:
     """heads: of queries, and of keys and values."""
-    rotary = Rotary(1e6)
-    model = llama(d_model, num_layers, heads[0], d_ff, vocab_size=vocab_size, eps=1e-6, rotary=rotary, **more)
+    rotary = Rotary(theta)
+    model = llama(d_model, num_layers, heads[0], d_ff, vocab_size=vocab_size, eps=eps, rotary=rotary, **more)
     return replace(model, attention=Attention(heads[0], num_kv_heads=heads[1], bias="qkv"))
 
 
@@ -32,7 +40,7 @@ def qwen1_5_1_8b() -> Decoder:
 
 
 def qwen1_5_4b() -> Decoder:
-    return _qwen2(2560, 40, (20, 20), 6912)
+    return _qwen2(2560, 40, (20, 20), 6912, theta=5e6)
 
 
 def qwen1_5_7b() -> Decoder:
@@ -100,15 +108,15 @@ def qwen2_5_7b() -> Decoder:
 
 
 def qwen2_5_14b() -> Decoder:
-    return _qwen2(5120, 48, (40, 8), 13_824, LARGE)
+    return _qwen2(5120, 48, (40, 8), 13_824, LARGE, eps=1e-5)
 
 
 def qwen2_5_32b() -> Decoder:
-    return _qwen2(5120, 64, (40, 8), 27_648, LARGE)
+    return _qwen2(5120, 64, (40, 8), 27_648, LARGE, eps=1e-5)
 
 
 def qwen2_5_72b() -> Decoder:
-    return qwen2_72b()
+    return _qwen2(8192, 80, (64, 8), 29_568, LARGE, eps=1e-5)
 
 
 def _qwen3(d_model: int, num_layers: int, heads: tuple[int, int], d_ff: int, **more) -> Decoder:
