@@ -74,10 +74,11 @@ def check_prompt(model: Decoder, prompt: Sequence[int] | np.ndarray, more: int, 
     """Raises UserError for a prompt that the model cannot go on from with so many ``more`` tokens."""
     if not len(prompt):
         raise UserError(f"The prompt{what} is empty: give at least one token.")
-    if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
+    low, high = int(np.min(prompt)), int(np.max(prompt))
+    if not 0 <= low <= high < model.vocab_size:
         raise UserError(
-            f"The prompt{what} has ids from {min(prompt)} to {max(prompt)} and the model's go from 0 to "
-            f"{model.vocab_size - 1}: use the model's own tokenizer."
+            f"The prompt{what} has ids from {low} to {high} and the model's go from 0 to {model.vocab_size - 1}: use the "
+            "model's own tokenizer."
         )
     if isinstance(model.position, Learned) and len(prompt) + more > model.position.max_length:
         raise UserError(
