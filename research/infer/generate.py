@@ -77,8 +77,8 @@ def check_prompt(model: Decoder, prompt: Sequence[int] | np.ndarray, more: int, 
     low, high = int(np.min(prompt)), int(np.max(prompt))
     if not 0 <= low <= high < model.vocab_size:
         raise UserError(
-            f"The prompt{what} has ids from {low} to {high} and the model's go from 0 to {model.vocab_size - 1}: use the "
-            "model's own tokenizer."
+            f"The prompt{what} has ids from {low} to {high} and the model's go from 0 to {model.vocab_size - 1}: use "
+            "the model's own tokenizer."
         )
     if isinstance(model.position, Learned) and len(prompt) + more > model.position.max_length:
         raise UserError(
