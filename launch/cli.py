@@ -40,6 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
+AGAIN = "; repeat the command to go on from the last checkpoint."
+AFTER_STOP = {"run": AGAIN, "sweep": AGAIN, "sample": "; the texts of a file (--out) go on where they were."}
+
+
 def guarded(options: argparse.Namespace) -> int:
     """The command's exit code, with one sentence for what the user can mend."""
     from research.core.errors import (
@@ -77,7 +81,7 @@ def guarded(options: argparse.Namespace) -> int:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signum
     except KeyboardInterrupt:
-        print("lab: stopped; repeat the command to go on from the last checkpoint.", file=sys.stderr)
+        print(f"\nlab: stopped{AFTER_STOP.get(options.command, '.')}", file=sys.stderr)
         return 130
 
 

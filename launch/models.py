@@ -19,7 +19,9 @@ from research.core import sharding
 from research.core.sharding import MeshSpec
 from research.core.types import Precision, UserError
 from research.data.pipeline import TextSource
-from research.data.pretrained import FILES, read
+from research.data.pretrained import FILES, PretrainedTokenizer, place, read
+from research.data.pretrained import FOLDER as TOKENIZER
+from research.data.sentence_piece import SentencePieceTokenizer
 from research.data.tokenizers import Tokenizer
 from research.hf import convert
 from research.hf.config import Config
@@ -29,7 +31,6 @@ from research.models.bound import Bound
 from research.models.decoder import Decoder
 from research.train import checkpoint, weights
 
-TOKENIZER = "tokenizer"  # the folder of an import that has its tokenizer's files
 CONFIG = "config.json"
 
 
@@ -64,7 +65,7 @@ def load(name: str, *, mesh: MeshSpec, dtype: str | None = None) -> Loaded:
     """dtype: of parameters and products; None: as stored. Raises UserError for a folder that holds no model."""
     folder, devices = store.place(name), sharding.make_mesh(mesh)
     if is_hugging_face(folder):
-        tokenizer = read(folder) if _has_tokenizer(folder) else None
+        tokenizer = read(folder) if place(folder) else None
         values, model, policy = read_hugging_face(folder, devices, dtype)
         return Loaded(model, policy, tokenizer, devices, _promised({"config": values}))
     described = weights.describe(folder)
@@ -79,7 +80,7 @@ def tokenizer_of(folder: Path, origin: Any) -> Tokenizer | None:
     """A run's tokenizer, as its text gives it now, or that of an import."""
     directory, _ = checkpoint.locate(folder)
     if isinstance(origin, dict):
-        return read(directory / TOKENIZER) if _has_tokenizer(directory / TOKENIZER) else None
+        return read(directory) if place(directory) else None
     if not isinstance(origin.source, TextSource):
         raise UserError(f"{folder} was not trained on text, so that a prompt means nothing to it.")
     tokenizer = origin.source.tokenizer_for(host.cache_dir())
@@ -90,10 +91,6 @@ def tokenizer_of(folder: Path, origin: Any) -> Tokenizer | None:
             "the text back that the tokenizer was trained on."
         )
     return tokenizer
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / file).exists() for file in FILES[:2])
 
 
 def precision_of(dtype: str) -> Precision:
@@ -124,8 +121,10 @@ def import_model(options: argparse.Namespace) -> int:
     folder = Path(options.path)
     out = Path(options.out) if options.out else store.place(options.runs) / "hf" / folder.resolve().name
     check_empty(out)
-    if _has_tokenizer(folder):
+    if place(folder):
         read(folder)  # whether it can be, before anything is written
+    else:
+        print(f"{folder} has no tokenizer: the import will have none.", file=sys.stderr)
     mesh = sharding.make_mesh(mesh_of(options.mesh))
     values, model, policy = read_hugging_face(folder, mesh, options.dtype)
     origin = {"kind": "hf", "config": values}
@@ -165,7 +164,7 @@ def export_model(options: argparse.Namespace) -> int:
             for name, _, fetch in tensors:
                 writer.write(name, fetch().astype(_kind(name, dtype)))
             (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-            _write_tokenizer(out, folder, tokenizer)
+            _write_tokenizer(out, folder, origin, tokenizer)
     print(f"{out}: {family.architecture}, {len(tensors)} tensors in {dtype}")
     return 0
 
@@ -182,14 +181,14 @@ def _promised(origin: Any) -> int:
     return origin.source.sequence_length
 
 
-def _write_tokenizer(out: Path, folder: Path, tokenizer: Tokenizer | None) -> None:
+def _write_tokenizer(out: Path, folder: Path, origin: Any, tokenizer: Tokenizer | None) -> None:
     """The files that a tokenizer came with; a SentencePiece model of this project's as tokenizer.model."""
-    directory, _ = checkpoint.locate(folder)
-    if (directory / TOKENIZER).is_dir():
-        for path in (directory / TOKENIZER).iterdir():
-            if path.name != CONFIG:
+    if isinstance(tokenizer, PretrainedTokenizer):
+        theirs = checkpoint.locate(folder)[0] if isinstance(origin, dict) else Path(origin.source.tokenizer.path)
+        for path in (place(theirs) or theirs).iterdir():
+            if path.name in FILES:
                 shutil.copyfile(path, out / path.name)
-    elif tokenizer is not None and tokenizer.kind == "sentencepiece":
+    elif isinstance(tokenizer, SentencePieceTokenizer):
         (out / "tokenizer.model").write_bytes(tokenizer.model)
         settings = {
             "tokenizer_class": "LlamaTokenizer",
@@ -197,7 +196,7 @@ def _write_tokenizer(out: Path, folder: Path, tokenizer: Tokenizer | None) -> No
             "add_bos_token": True,
             "add_prefix_space": False,
         }
-        settings |= {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+        settings |= {f"{kind}_token": piece for kind, piece in tokenizer.special_tokens.items()}
         (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     elif tokenizer is not None:
         print(

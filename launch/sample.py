@@ -95,9 +95,10 @@ def command(options: argparse.Namespace) -> int:
 
 def _show(sampler: Sampler, options: argparse.Namespace, out: TextIO) -> None:
     """The prompt and what the model adds, as it comes."""
-    out.write(options.prompt)
-    written = 0
+    begun, written = False, 0
     for result, _ in sampler.stream([(options.prompt, options.seed)]):
+        out.write("" if begun else options.prompt)
+        begun = True
         shown = sampler.texts.shown(result)
         out.write(shown[written:])
         out.flush()

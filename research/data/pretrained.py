@@ -20,6 +20,7 @@ from research.data.tokenizer_base import Tokenizer, TokenizerError, utf8
 JSON, SENTENCE_PIECE = "tokenizer.json", "tokenizer.model"
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 FILES = (JSON, SENTENCE_PIECE, *SETTINGS[:3], "added_tokens.json", "chat_template.jinja")
+FOLDER = "tokenizer"  # where an import has them
 
 
 class PretrainedTokenizer(Tokenizer):
@@ -74,7 +75,7 @@ class PretrainedTokenizer(Tokenizer):
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """The tokenizer of a model's folder: nothing to train."""
+    """The tokenizer of a model's folder, or of an import's: nothing to train."""
 
     path: str
     sample_limit: ClassVar[int] = 0
@@ -87,11 +88,24 @@ class Pretrained:
         return read(Path(self.path))
 
 
+def place(folder: Path) -> Path | None:
+    """Where a model's folder has its tokenizer, if it has one: in it, or in its own folder for that."""
+    for place in (folder, folder / FOLDER):
+        if any((place / name).exists() for name in (JSON, SENTENCE_PIECE)):
+            return place
+    return None
+
+
 def read(folder: Path) -> PretrainedTokenizer:
     """Raises TokenizerError where a folder has no tokenizer that can be read."""
-    name = next((name for name in (JSON, SENTENCE_PIECE) if (folder / name).exists()), None)
-    if name is None:
-        raise TokenizerError(f"{folder} has no tokenizer: give a folder with {JSON} or {SENTENCE_PIECE}.")
+    found = place(folder)
+    if found is None:
+        raise TokenizerError(
+            f"{folder} has no tokenizer: give a folder with {JSON} or {SENTENCE_PIECE}; a relative path begins where "
+            "the command is given."
+        )
+    folder = found
+    name = next(name for name in (JSON, SENTENCE_PIECE) if (folder / name).exists())
     content, settings = (folder / name).read_bytes(), _settings(folder)
     try:
         library = _LIBRARIES[name](content)

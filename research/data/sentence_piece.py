@@ -40,6 +40,12 @@ class SentencePieceTokenizer(Tokenizer):
         ids = {self._processor.piece_to_id(f"<0x{value:02X}>"): value for value in range(256)}
         return np.array(sorted(ids, key=ids.__getitem__), np.int32)
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The pieces that begin, end and pad a text and that stand for what is unknown, by kind."""
+        ids = {kind: getattr(self._processor, f"{kind}_id")() for kind in ("bos", "eos", "pad", "unk")}
+        return {kind: self._processor.id_to_piece(i) for kind, i in ids.items() if i >= 0}
+
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 

@@ -171,7 +171,16 @@ def evaluate(model: HarnessModel, tasks: Sequence[str], **how: Any) -> dict[str,
     manager = TaskManager(include_path=folders or None, include_defaults=len(folders) < len(tasks))
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise UserError(f"The harness knows no task {unknown[0]}: give a .yaml file of a task, or one of its names.")
-    found = lm_eval.simple_evaluate(model=model, tasks=names, task_manager=manager, **how)
+    try:
+        found = lm_eval.simple_evaluate(model=model, tasks=names, task_manager=manager, **how)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, LookupError) as error:  # of its data, its settings or a network
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"The harness could not run {', '.join(names)} ({type(error).__name__}: {reason}): see that the task's "
+            "files can be read from where the command is given, and that its settings fit them."
+        ) from error
     assert found is not None
     return found
 

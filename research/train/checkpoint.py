@@ -286,6 +286,8 @@ def locate(path: str | os.PathLike) -> tuple[Path, int]:
         return given.parent.parent, int(given.name)
     found = steps(given)
     if not found:
+        if (given / "config.json").exists():
+            raise CheckpointError(f"{given} has the files of Hugging Face: give the folder that lab import hf makes.")
         raise CheckpointError(
             f"{given} holds no checkpoint: give a run's folder (one with a {FOLDER}/ folder in it) or one of "
             f"its {FOLDER}/STEP folders."

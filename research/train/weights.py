@@ -39,9 +39,19 @@ def describe(path: str | os.PathLike) -> Described:
 
 
 def load(path: str | os.PathLike, model: Decoder, precision: Precision, mesh: Mesh) -> Bound:
-    """The model with a checkpoint's parameters, and the buffers that belong to them, laid out over the mesh."""
+    """The model with a checkpoint's parameters, and the buffers that belong to them, laid out over the mesh. Raises
+    CheckpointError saying in what the checkpoint's own model differs, where it does not fit."""
     shapes = model.shapes(precision)
-    params = checkpoint.load_params(path, shapes, sharding.tree_shardings(mesh, shapes, model.logical_axes()))
+    try:
+        params = checkpoint.load_params(path, shapes, sharding.tree_shardings(mesh, shapes, model.logical_axes()))
+    except CheckpointError as error:
+        own, asked = (config.short_types(config.to_json(one)) for one in (describe(path).model, model))
+        if found := config.differences(own, asked):
+            raise CheckpointError(
+                f"The parameters in {path} do not fit the model asked for ({'; '.join(found[:4])}): take over the "
+                "checkpoint's model."
+            ) from error
+        raise
     buffers = jax.eval_shape(model.init_buffers)
     if jax.tree.leaves(buffers):
         buffers = _buffers(path, buffers, mesh)

@@ -8,19 +8,27 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 
 from launch.cli import main
+from research.core import sharding
+from research.core.sharding import MeshSpec
 from research.core.types import Context, Precision
+from research.data import sources
+from research.data.pretrained import Pretrained, read
+from research.data.tokenizers import SentencePiece
 from research.hf import convert
 from research.hf.config import canonical
 from research.hf.store import Store, writing
 from research.models.mlp import Mlp
 from research.models.moe import Moe
 from research.models.routers import Sigmoid
-from research.train import checkpoint, weights
+from research.train import checkpoint, loop, weights
+from research.train.checkpoint import CheckpointError
 from research.train.experiment import Init
 from research.train.start import Program, first_state
 from tests import tiny
+from tests.conftest import ROOT
 from tests.data import test_pretrained as tokenizers
 
 MODEL = replace(tiny.MODEL, vocab_size=336)
@@ -134,6 +142,48 @@ def test_biases_of_routers_come_back_and_a_run_starts_from_them(tmp_path):
     for found, given in ((state.params, params), (state.buffers, buffers)):
         jax.tree.map(np.testing.assert_array_equal, found, given)
     assert int(state.step) == 0
+
+
+@pytest.fixture(scope="module")
+def tuned(folder, tmp_path_factory):
+    """A run that began with an import, on its tokenizer, and one with a tokenizer of this project's."""
+    where = tmp_path_factory.mktemp("tuned")
+    assert main(["import", "hf", str(folder), "--out", str(where / "import"), *ONE]) == 0
+    (where / "texts").mkdir()
+    for number, path in enumerate(sorted((ROOT / "tests" / "infer").glob("*.py"))):
+        (where / "texts" / f"{number}.txt").write_text(path.read_text().encode("ascii", "ignore").decode())
+    for name, tokenizer, init in (
+        ("theirs", Pretrained(str(where / "import")), Init(str(where / "import"))),
+        ("ours", SentencePiece(vocab_size=336, character_coverage=0.98), None),
+    ):
+        experiment = tiny.experiment(steps=1, model=MODEL, init=init, evals=(), mesh=MeshSpec(data=1))
+        source = replace(experiment.source, tokenizer=tokenizer, corpus=sources.TextFolder(str(where / "texts")))
+        loop.run(replace(experiment, source=source), where / name, loop.Options(cache_dir=where / "cache"))
+    return where
+
+
+def test_an_export_has_the_tokenizer_of_its_run(lab, folder, tuned, tmp_path, monkeypatch):
+    monkeypatch.setenv("LAB_CACHE", str(tuned / "cache"))
+    for name in ("theirs", "ours"):
+        code, _, err = lab("export", "hf", tuned / name, tmp_path / name)
+        assert code == 0 and not err, err
+    assert (tmp_path / "theirs" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    settings = json.loads((tmp_path / "ours" / "tokenizer_config.json").read_text())
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "ours" / "tokenizer.model"))
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    for kind in ("bos", "eos"):  # a name that the model does not have would become a new id
+        assert pieces.piece_to_id(settings[f"{kind}_token"]) == config[f"{kind}_token_id"] != pieces.unk_id()
+    text = "def f(x):\n    return x + 1  # twice"
+    first, again = (read(tmp_path / name).encode(text).tolist() for name in ("ours", "ours"))
+    assert first == again == pieces.encode(text)
+    asked = ("--prompt", "def", "--tokens", "8", "--temperature", "0", *ONE)
+    for name in ("theirs", "ours"):
+        assert lab("sample", tmp_path / name, *asked)[1] == lab("sample", tuned / name, *asked)[1]
+    other = replace(MODEL, num_layers=3)
+    with pytest.raises(CheckpointError, match="do not fit the model asked for .*num_layers: 2 -> 3"):
+        weights.load(tuned / "ours", other, Precision(), sharding.make_mesh(MeshSpec(data=1)))
+    with pytest.raises(CheckpointError, match="give the folder that lab import hf makes"):
+        weights.describe(folder)
 
 
 def test_what_cannot_be_taken_over_is_one_sentence_and_leaves_nothing(lab, folder, tmp_path):
