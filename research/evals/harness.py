@@ -159,7 +159,7 @@ def _scores(policy: Bound, tokens_BT: Array, length_B: Array) -> tuple[Array, Ar
 
 def evaluate(model: HarnessModel, tasks: Sequence[str], **how: Any) -> dict[str, Any]:
     """The harness's results of tasks given as files (.yaml) or by the names that it knows. Raises UserError for a file
-    that is no task."""
+    that is no task, and for data or settings that the harness cannot use."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 

@@ -68,6 +68,10 @@ def test_what_is_no_task_is_one_sentence(folder, capsys, tmp_path):
         (tmp_path / "a.yaml").write_text("nothing: 1\n")
         assert main(["eval", str(folder / "model"), "--tasks", task, "--mesh", "data=1"]) == 2
         assert words in capsys.readouterr().err
+    lost = (folder / "choose.yaml").read_text().replace("documents.jsonl", "lost.jsonl").replace("choose", "lost")
+    (tmp_path / "lost.yaml").write_text(lost)
+    assert main(["eval", str(folder / "model"), "--tasks", str(tmp_path / "lost.yaml"), "--mesh", "data=1"]) == 2
+    assert "The harness could not run lost (FileNotFoundError" in capsys.readouterr().err
 
 
 def test_texts_longer_than_a_table_of_positions():
