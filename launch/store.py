@@ -7,10 +7,12 @@ A bucket needs the extra ``gcs``. Objects there are whole or not at all; files h
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from research.core import files
+from research.core.errors import UserError
 from research.train.places import absolute, is_remote, place
 
 __all__ = [
@@ -68,8 +70,17 @@ def read(path: Path) -> str | None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """None where there is no such file. Raises UserError for one that is damaged."""
-    return files.read_json(path, mend="put an older copy there, or remove it if nothing of it runs")
+    """None where there is no such file. Raises UserError for one that is damaged.
+
+    What is replaced in a bucket while it is read, first its size and then its bytes, comes out cut off: so read again.
+    """
+    mend = "put an older copy there, or remove it if nothing of it runs"
+    for pause in (0.1, 0.5, 2.0) if is_remote(path) else ():
+        try:
+            return files.read_json(path, mend=mend)
+        except UserError:
+            time.sleep(pause)
+    return files.read_json(path, mend=mend)
 
 
 def of_a_bucket(error: Exception) -> bool:

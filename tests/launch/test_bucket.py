@@ -12,6 +12,8 @@ import time
 
 import pytest
 
+from launch import store
+from research.core.errors import UserError
 from research.train import metrics
 from tests.conftest import ROOT
 from tests.launch.clouds import Cloud, lab
@@ -68,6 +70,26 @@ def test_of_several_that_create_an_object_one_is_told_so(bucket):
         "store.write(p, '{}'); print(store.read_json(p), store.names(p.parent), store.read(p.parent / 'none'))"
     )
     assert python(bucket, code).splitlines() == ["True False 1", "{} ['x.json'] None"]
+
+
+def test_what_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    """Its size is asked before its bytes, so that a reading may end in the middle; a file here is whole."""
+    monkeypatch.setattr(store.time, "sleep", lambda seconds: None)
+    reads = []
+
+    def read(path, mend):
+        reads.append(path)
+        if len(reads) == 1 or "broken" in str(path):
+            raise UserError(f"{path} is damaged: {mend}.")
+        return {"state": "running"}
+
+    monkeypatch.setattr(store.files, "read_json", read)
+    assert store.read_json("gs://bucket/host-0.json") == {"state": "running"} and len(reads) == 2
+    for path, times in (("gs://bucket/broken.json", 4), (tmp_path / "broken.json", 1)):
+        reads.clear()
+        with pytest.raises(UserError, match="is damaged"):
+            store.read_json(path)
+        assert len(reads) == times
 
 
 def test_other_schemes_are_refused_in_one_sentence(capsys):
