@@ -121,8 +121,9 @@ def import_model(options: argparse.Namespace) -> int:
     folder = Path(options.path)
     out = Path(options.out) if options.out else store.place(options.runs) / "hf" / folder.resolve().name
     check_empty(out)
-    if place(folder):
-        read(folder)  # whether it can be, before anything is written
+    theirs = place(folder)
+    if theirs:
+        read(theirs)  # whether it can be, before anything is written
     else:
         print(f"{folder} has no tokenizer: the import will have none.", file=sys.stderr)
     mesh = sharding.make_mesh(mesh_of(options.mesh))
@@ -131,9 +132,9 @@ def import_model(options: argparse.Namespace) -> int:
     with jax.set_mesh(mesh):
         weights.save(out, model, policy.module.precision, policy.params, policy.buffers, origin)
     (out / TOKENIZER).mkdir()
-    for name in (*FILES, CONFIG):
-        if (folder / name).exists():
-            shutil.copyfile(folder / name, out / TOKENIZER / name)
+    for path in (*((theirs or folder) / name for name in FILES), folder / CONFIG):
+        if path.exists():
+            shutil.copyfile(path, out / TOKENIZER / path.name)
     print(
         f"{out}: {sum(x.size for x in jax.tree.leaves(policy.params)):,} parameters in {policy.module.precision.params}"
     )

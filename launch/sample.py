@@ -33,8 +33,6 @@ class Sampler:
                 f"--tokens must be at least 1 and --temperature at least 0; given {options.tokens} and "
                 f"{options.temperature}."
             )
-        if not 0 <= options.seed < 2**62:
-            raise UserError(f"--seed must be from 0 to 2^62 - 1; given {options.seed}.")
         if options.best_of is not None and (options.best_of < 1 or options.samples != 1):
             raise UserError("--best-of must be at least 1, and goes without --samples: it gives one text for a prompt.")
         self.options = options

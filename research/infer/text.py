@@ -23,7 +23,8 @@ class Texts:
         self, decode: Decode, stops: Sequence[str] = (), prompts: Sequence[Sequence[int] | np.ndarray] = ()
     ) -> None:
         self.decode, self.stops = decode, [stop for stop in stops if stop]
-        self.before = [[int(token) for token in prompt[-CONTEXT:]] for prompt in prompts]
+        ends = ([int(token) for token in prompt[-CONTEXT:]] for prompt in prompts)
+        self.before = [(end, decode(end).rstrip(UNFINISHED)) for end in ends]
 
     def ended(self, result: Result) -> bool:
         """Whether a stop string is in the text: what ``Engine.run`` asks."""
@@ -46,8 +47,7 @@ class Texts:
 
     def _added(self, result: Result) -> str:
         """What a sequence adds to its prompt."""
-        before = self.before[result.request] if self.before else []
-        known = self.decode(before).rstrip(UNFINISHED) if before else ""
+        before, known = self.before[result.request] if self.before else ([], "")
         whole = self.decode([*before, *result.tokens])
         return whole[len(known) :] if whole.startswith(known) else self.decode(result.tokens)
 

@@ -436,8 +436,8 @@ class _Decoder(nn.Module):
         """Through the repetitions of a stack that have a cache each: nothing but new tokens is written anywhere."""
         layer, stats, found = one_of(part.kinds, self.config.wiring, self.parts), [], []
         given = [self.variables.get(kind, {}).get(name, {}) for kind in ("params", "buffers")]
+        is_apart = lambda w: isinstance(w, tuple)  # noqa: E731
         for number, cache in enumerate(layers):
-            is_apart = lambda w: isinstance(w, tuple)  # noqa: E731
             params, buffers = jax.tree.map(lambda w, number=number: w[number], given, is_leaf=is_apart)
             index = part.start + number * len(part.kinds)
             (x_BTD, cache), one = layer(params, buffers, (x_BTD, cache), index, tokens)

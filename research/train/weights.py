@@ -43,15 +43,16 @@ def load(path: str | os.PathLike, model: Decoder, precision: Precision, mesh: Me
     CheckpointError saying in what the checkpoint's own model differs, where it does not fit."""
     shapes = model.shapes(precision)
     try:
-        params = checkpoint.load_params(path, shapes, sharding.tree_shardings(mesh, shapes, model.logical_axes()))
-    except CheckpointError as error:
-        own, asked = (config.short_types(config.to_json(one)) for one in (describe(path).model, model))
-        if found := config.differences(own, asked):
-            raise CheckpointError(
-                f"The parameters in {path} do not fit the model asked for ({'; '.join(found[:4])}): take over the "
-                "checkpoint's model."
-            ) from error
-        raise
+        own = describe(path).model
+    except Exception:  # of a study that is not here, or of no checkpoint: reading it says so
+        own = None
+    if own is not None and own.shapes(precision) != shapes:
+        found = config.differences(*(config.short_types(config.to_json(one)) for one in (own, model)))
+        raise CheckpointError(
+            f"The parameters in {path} do not fit the model asked for ({'; '.join(found[:4])}): take over the "
+            "checkpoint's model."
+        )
+    params = checkpoint.load_params(path, shapes, sharding.tree_shardings(mesh, shapes, model.logical_axes()))
     buffers = jax.eval_shape(model.init_buffers)
     if jax.tree.leaves(buffers):
         buffers = _buffers(path, buffers, mesh)
