@@ -2,6 +2,7 @@
 """Sums with worked steps: ``17+5-8=`` is answered ``17+5=22;22-8=14#14``."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from research.core.types import UserError
 from research.evals.tasks.base import Draws, Marked, Problem, Reward, check_held_out, drawn
@@ -14,8 +15,8 @@ OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b
 class Arithmetic:
     """Left to right over ``terms`` numbers of at most ``digits`` digits (from 0).
 
-    operations: what stands between them; results may be below zero. mark: how responses mark their answer. held_out: the
-    share of all problems that are for validation.
+    operations: what stands between them; results may be below zero. mark: how responses mark their answer.
+    held_out: the share of all problems that are for validation.
     """
 
     terms: int = 3
@@ -24,7 +25,7 @@ class Arithmetic:
     mark: Marked = Marked("#")
     held_out: float = 0.1
     seed: int = 0
-    size: None = None
+    size: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         check_held_out(self.held_out)

@@ -35,8 +35,8 @@ class Response(NamedTuple):
 
 @runtime_checkable
 class Reward(Protocol):
-    """A frozen dataclass that says how good a response is: 1 is right, 0 is not. It may be asked from several threads at
-    once, whatever the text is: it takes bounded time, and never evaluates any."""
+    """A frozen dataclass that says how good a response is: 1 is right, 0 is not. It may be asked from several threads
+    at once, whatever the text is: it takes bounded time, and never evaluates any."""
 
     def score(self, problem: Problem, response: Response) -> float: ...
 
@@ -60,7 +60,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Marked:
-    """How a response marks its answer: what stands after the last ``before``, up to ``after`` or else the line's end."""
+    """How a response marks its answer: after the last ``before``, up to ``after`` or else the line's end."""
 
     before: str = "####"
     after: str = ""
@@ -108,8 +108,8 @@ class Draws:
 
 
 def drawn(draw: Any, *, parts: tuple[Any, ...], split: str, index: int, held_out: float) -> Any:
-    """``draw(draws) -> (text, made)``, repeated until the text belongs to ``split``: by a hash of the text alone, so that
-    the splits of all seeds share nothing. held_out: the share of all texts that are for validation."""
+    """``draw(draws) -> (text, made)``, repeated until the text belongs to ``split``: by a hash of the text alone, so
+    that the splits of all seeds share nothing. held_out: the share of all texts that are for validation."""
     check_split(split)
     for attempt in range(10_000):
         text, made = draw(Draws((*parts, index, attempt)))
