@@ -61,6 +61,10 @@ class PretrainedTokenizer(Tokenizer):
     def prefix(self) -> tuple[int, ...]:
         return tuple(self._record["prefix"])
 
+    @functools.cached_property
+    def specials(self) -> Mapping[str, int]:
+        return self._library.specials()
+
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
@@ -189,6 +193,9 @@ class _Json:
         at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
         return whole[:at]
 
+    def specials(self) -> dict[str, int]:
+        return {one["content"]: one["id"] for one in self.record.get("added_tokens", ())}
+
     def pieces(self) -> list[bytes]:
         special = {added["id"] for added in self.record.get("added_tokens", ()) if added.get("special")}
         added = {one["id"]: one["content"] for one in self.record.get("added_tokens", ())}
@@ -227,6 +234,10 @@ class _SentencePiece:
 
     def prefix(self, asked: bool | None, bos: Sequence[int | None]) -> list[int | None]:
         return [] if asked is False or self.library.bos_id() < 0 else list(bos[:1])
+
+    def specials(self) -> dict[str, int]:
+        library = self.library
+        return {library.id_to_piece(i): i for i in range(library.vocab_size()) if library.is_control(i)}
 
     def pieces(self) -> list[bytes]:
         library = self.library

@@ -6,7 +6,7 @@ import base64
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -46,6 +46,16 @@ class Tokenizer(abc.ABC):
     def eos_ids(self) -> tuple[int, ...]:
         """The ids that end a text."""
         return (self.eos_id,)
+
+    @property
+    def specials(self) -> Mapping[str, int]:
+        """The special tokens that have a text, such as ``<|im_start|>``: their ids."""
+        return {}
+
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token by its text; None where there is none. ``encode`` never gives it for that text,
+        but for tokens that the tokenizer's library looks for in any text."""
+        return self.specials.get(text)
 
     @property
     def vocab_size(self) -> int:
