@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from research.core.types import UserError
+from research.data.chat import Conversation
 
 SPLITS = ("train", "validation")
 
@@ -28,6 +29,15 @@ class Corpus(Protocol):
 
     def documents(self, split: str, *, cache_dir: Path) -> Iterator[str]:
         """The documents of ``"train"`` or ``"validation"``, in a fixed order; the splits share none."""
+        ...
+
+
+@runtime_checkable
+class ChatCorpus(Corpus, Protocol):
+    """A corpus of conversations. ``documents`` are their texts without markers: what a tokenizer is trained on."""
+
+    def conversations(self, split: str, *, cache_dir: Path) -> Iterator[Conversation]:
+        """The conversations of a split, in a fixed order, each with an assistant's turn or of the role ``text``."""
         ...
 
 

@@ -3,8 +3,9 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from research.data.cache import files_hash, name_of
 from research.data.sources.base import CorpusError, assign, check_fraction, check_split, unit_hash
@@ -28,7 +29,7 @@ class Jsonl:
         check_fraction(self.validation_fraction)
 
     def fingerprint(self, cache_dir: Path) -> str:
-        content = files_hash([("data", self._file())], cache_dir=cache_dir)[0]
+        content = files_hash([("data", file_at(self.path))], cache_dir=cache_dir)[0]
         return name_of("jsonl", FORMAT, self.text_field, self.validation_fraction, content)
 
     def documents(self, split: str, *, cache_dir: Path) -> Iterator[str]:
@@ -38,36 +39,54 @@ class Jsonl:
         splits = assign(hashes, fraction=self.validation_fraction, what=f"The file {self.path}")
         return (text for text, chosen in zip(self._texts(), splits, strict=True) if chosen == split)
 
-    def _file(self) -> Path:
-        path = Path(self.path).expanduser()
-        if not path.is_file():
-            raise CorpusError(f"There is no file {self.path!r} (looked at {path.absolute()}): check the path.")
-        return path
-
     def _texts(self) -> Iterator[str]:
-        with open(self._file(), "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    text = self._text(line, number)
-                    if text:
-                        yield text
+        texts = (
+            text_of(record, self.text_field, where=where, setting="text_field") for where, record in lines(self.path)
+        )
+        return (text for text in texts if text)
 
-    def _text(self, line: bytes, number: int) -> str:
-        where = f"Line {number} of {self.path}"
-        try:
-            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            raise CorpusError(f"{where} is not UTF-8 ({error.reason}): write the file as UTF-8.") from error
-        except (ValueError, RecursionError) as error:
-            raise CorpusError(f"{where} is not JSON ({error}): mend or remove that line.") from error
-        if not isinstance(record, dict):
-            raise CorpusError(f"{where} is a JSON {type(record).__name__}, not an object: write one object a line.")
-        if self.text_field not in record:
-            fields = ", ".join(sorted(record)) or "none"
-            raise CorpusError(f"{where} has no field {self.text_field!r} (its fields: {fields}): set text_field.")
-        text = record[self.text_field]
-        if not isinstance(text, str):
-            raise CorpusError(f"{where} has a {type(text).__name__} in {self.text_field!r}, not text: set text_field.")
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            raise CorpusError(f"{where} has half of a surrogate pair in {self.text_field!r}: mend that line.")
-        return text
+
+def file_at(path: str) -> Path:
+    found = Path(path).expanduser()
+    if not found.is_file():
+        raise CorpusError(f"There is no file {path!r} (looked at {found.absolute()}): check the path.")
+    return found
+
+
+def lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records of a file, each with what to call it in an error: its line. Blank lines are passed over."""
+    with open(file_at(path), "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"Line {number} of {path}"
+                yield where, _record(line, where, encoding="utf-8-sig" if number == 1 else "utf-8")
+
+
+def _record(line: bytes, where: str, *, encoding: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode(encoding))
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{where} is not UTF-8 ({error.reason}): write the file as UTF-8.") from error
+    except (ValueError, RecursionError) as error:
+        raise CorpusError(f"{where} is not JSON ({error}): mend or remove that line.") from error
+    if not isinstance(record, dict):
+        raise CorpusError(f"{where} is a JSON {type(record).__name__}, not an object: write one object a line.")
+    return record
+
+
+def value_of(record: Mapping[str, Any], field: str, *, where: str, setting: str) -> Any:
+    """A field of a record. setting: what to change where the record has no such field."""
+    if field not in record:
+        fields = ", ".join(sorted(record)) or "none"
+        raise CorpusError(f"{where} has no field {field!r} (its fields: {fields}): set {setting}.")
+    return record[field]
+
+
+def text_of(record: Mapping[str, Any], field: str, *, where: str, setting: str) -> str:
+    """A field that holds text. Raises CorpusError where it holds anything else."""
+    text = value_of(record, field, where=where, setting=setting)
+    if not isinstance(text, str):
+        raise CorpusError(f"{where} has a {type(text).__name__} in {field!r}, not text: set {setting}.")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise CorpusError(f"{where} has half of a surrogate pair in {field!r}: mend that line.")
+    return text

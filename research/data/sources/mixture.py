@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from research.data.cache import name_of
-from research.data.sources.base import Corpus, CorpusError, check_split
+from research.data.chat import Conversation
+from research.data.sources.base import ChatCorpus, Corpus, CorpusError, check_split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,22 @@ class Mixture:
         check_split(split)
         for source in self.sources:
             yield from source.documents(split, cache_dir=cache_dir)
+
+    def conversations(self, split: str, *, cache_dir: Path) -> Iterator[Conversation]:
+        """All conversations, as ``documents``."""
+        check_split(split)
+        for source in self.sources:
+            yield from as_chat(source).conversations(split, cache_dir=cache_dir)
+
+
+def as_chat(corpus: Corpus) -> ChatCorpus:
+    """The corpus itself. Raises CorpusError where it has no conversations."""
+    if not isinstance(corpus, ChatCorpus):
+        raise CorpusError(
+            f"{type(corpus).__name__} is a corpus of text, not of conversations: write "
+            f"PlainText({type(corpus).__name__}(...)) to have it among them."
+        )
+    return corpus
 
 
 def parts(corpus: Corpus) -> list[tuple[Corpus, float]]:
