@@ -7,7 +7,7 @@ instead (``params``, ``tokens``, ``flops``), because there N and D mean other th
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -48,11 +48,13 @@ class Loss(NamedTuple):
     terms: what is minimised, each with a denominator of its own.
     metrics: what is only reported (name -> WeightedSum).
     stats: sums for ``model.update`` (router loads and the like), added over microbatches and shards.
+    peaks: what is only reported as the largest over the whole batch (name -> number; ``..._min``: the smallest).
     """
 
     terms: Mapping[str, Term]
     metrics: Mapping[str, WeightedSum]
     stats: Any
+    peaks: Mapping[str, Array] = {}
 
 
 class Output(NamedTuple):
@@ -110,11 +112,14 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """Where a source or an eval runs: the mesh its batches are laid out over, the run's seed, the cache folder."""
+    """Where a source or an eval runs: the mesh its batches are laid out over, the run's seed, the cache folder; the
+    frozen models of its experiment; and the run's own folder, where there is one."""
 
     mesh: jax.sharding.Mesh
     seed: int
     cache_dir: Path
+    frozen: Mapping[str, "Policy"] = field(default_factory=dict)
+    directory: Path | None = None
 
 
 class Stream(Protocol):
@@ -129,6 +134,11 @@ class Stream(Protocol):
 
     def next(self, policy: Policy | None, step: int) -> Batch:
         """The global batch of ``step``, as global arrays sharded over the context's mesh."""
+        ...
+
+    def report(self) -> Metrics:
+        """What the host knows of the batch last drawn, for the record: numbers by name, equal on all hosts but for
+        those named ``seconds/...``."""
         ...
 
     def get_state(self) -> dict[str, Any]:

@@ -221,6 +221,9 @@ class TextStream:
 
         return {name: shard(name, whole) for name, whole in self.source.batch_shapes().items()}
 
+    def report(self) -> dict[str, Any]:
+        return {}
+
     def batches(self, limit: int | None = None) -> Iterator[Batch]:
         """The stream's batches from step 0: all of a stream in order, or the first ``limit``."""
         counts = [n for n in (limit, self.num_batches) if n is not None]

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from research.core import sharding
 from research.core.errors import Interrupted
@@ -57,9 +56,9 @@ def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, 
         hosts.check(mesh)
         peak = hardware.peak_flops(mesh, options.cache_dir) if hosts.first() else None
     with jax.set_mesh(mesh):
-        program, stream, evals = hosts.in_turn(
-            lambda: prepare(experiment, mesh, options.cache_dir), folder=options.cache_dir
-        )
+        program = Program(experiment, mesh)
+        context = Context(mesh, experiment.seed, options.cache_dir, program.frozen, directory)
+        stream, evals = hosts.in_turn(lambda: prepare(experiment, context), folder=options.cache_dir)
         hosts.check_equal("data", stream.get_state())
         with Watchdog(experiment.name, options.stall_minutes) as watchdog:
             hosts.from_first(lambda: write_json(directory / RECORD, experiment.record()))
@@ -91,14 +90,13 @@ def look(experiment: Experiment, directory: Path) -> dict[str, Any] | None:
     return read_json(directory / RESULT)
 
 
-def prepare(experiment: Experiment, mesh: Mesh, cache_dir: Path) -> tuple[Program, Stream, list[EvalRun]]:
-    """What a run is made of; fills the cache."""
-    context = Context(mesh=mesh, seed=experiment.seed, cache_dir=cache_dir)
+def prepare(experiment: Experiment, context: Context) -> tuple[Stream, list[EvalRun]]:
+    """What a run draws from and is measured by; fills the cache."""
     stream = experiment.source.start(context)
     for source in experiment.sources:
-        size = source.vocab_size(cache_dir)
+        size = source.vocab_size(context.cache_dir)
         experiment.model.check(sequence_length=source.sequence_length, vocab_size=size)
-    return Program(experiment, mesh), stream, [evaluation.start(context) for evaluation in experiment.evals]
+    return stream, [evaluation.start(context) for evaluation in experiment.evals]
 
 
 def train(
@@ -113,7 +111,6 @@ def train(
     """Steps from where ``state`` stands to the experiment's end."""
     experiment, total = program.experiment, program.experiment.steps
     clock, optimizer = experiment.clock, experiment.optimizer
-    frozen = {name: program.load(init) for name, init in experiment.frozen.items()}
     for index in range(int(state.step), total):
         now = index + 1
         monitor.expect("the batch of step", now)
@@ -121,8 +118,8 @@ def train(
         monitor.expect("step", now)
         with monitor.traced(index):
             rate = np.float32(optimizer.learning_rate(clock, index))
-            state, measured = program.step(state, frozen, batch, rate)
-            monitor.watch(now, measured)
+            state, measured = program.step(state, program.frozen, batch, rate)
+            monitor.watch(now, {**measured, **stream.report()})
         signum = interrupt.asked()
         leaving = signum is not None and now < total
         saving = leaving or is_due(experiment.checkpoint.every, now, total)

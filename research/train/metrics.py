@@ -19,6 +19,7 @@ from research.core.types import UserError
 
 # Fields that depend on the clock: everything else repeats bit for bit when a run is resumed.
 CLOCK_FIELDS = ("seconds", "step_seconds", "tokens_per_second", "peak_share")
+CLOCK_FIELDS += tuple(f"seconds/{part}" for part in ("generation", "reward", "training"))
 FILE = "metrics.jsonl"
 
 

@@ -49,6 +49,11 @@ class Program:
         options = {"xla_backend_optimization_level": 1} if self.platform == "cpu" else None
         return jax.jit(draw, out_shardings=self.layout, compiler_options=options)()
 
+    @functools.cached_property
+    def frozen(self) -> dict[str, Bound]:
+        """The experiment's frozen models, read when first asked for."""
+        return {name: self.load(init) for name, init in self.experiment.frozen.items()}
+
     def load(self, init: Init) -> Bound:
         """A model with its parameters and buffers from a checkpoint, of a run or of an import."""
         return weights.load(init.checkpoint, init.model or self.experiment.model, self.experiment.precision, self.mesh)

@@ -51,21 +51,26 @@ def make_gradient(experiment: Experiment, *, platform: str) -> Callable[..., tup
             terms = loss(state.params, state.buffers, frozen, *part).terms
             return jax.tree.map(jnp.add, total, {name: t.value.weight for name, t in terms.items()}), None
 
-        def add(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
-            part_sums = gradient(state, frozen, *part, weights)
-            return jax.tree.map(lambda a, b: a + jnp.asarray(b, a.dtype), total, part_sums), None
+        def add(total: Any, part: tuple[Batch, Array]) -> tuple[Any, Mapping[str, Array]]:
+            part_gradients, part_loss = gradient(state, frozen, *part, weights)
+            sums = jax.tree.map(
+                lambda a, b: a + jnp.asarray(b, a.dtype), total, (part_gradients, part_loss._replace(peaks={}))
+            )
+            return sums, part_loss.peaks
 
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(lambda: gradient(state, frozen, first, key))
+        shapes = shapes[0], shapes[1]._replace(peaks={})
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
         no_weight = {name: jnp.zeros((), jnp.float32) for name in shapes[1].terms}
         weights, _ = jax.lax.scan(weigh, no_weight, (parts, keys))
-        (gradients, result), _ = jax.lax.scan(add, zeros, (parts, keys))
+        (gradients, result), peaks = jax.lax.scan(add, zeros, (parts, keys))
+        peaks = {name: (jnp.min if name.endswith("_min") else jnp.max)(values) for name, values in peaks.items()}
         terms = {
             name: term._replace(coefficient=term.coefficient / microbatches) for name, term in result.terms.items()
         }
         gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.params)
-        return gradients, result._replace(terms=terms)
+        return gradients, result._replace(terms=terms, peaks=peaks)
 
     return accumulated if microbatches > 1 else gradient
 
@@ -113,7 +118,7 @@ def summarise(loss: Loss) -> Metrics:
     terms = {name: term.coefficient * term.value.mean for name, term in loss.terms.items()}
     total = sum(terms.values(), start=jnp.zeros((), jnp.float32))
     named = {f"loss/{name}": value for name, value in terms.items()} if len(terms) > 1 else {}
-    return {"loss": total, **named, **{name: value.mean for name, value in loss.metrics.items()}}
+    return {"loss": total, **named, **{name: value.mean for name, value in loss.metrics.items()}, **loss.peaks}
 
 
 def norms(name: str, tree: Params) -> Metrics:

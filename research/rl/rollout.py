@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rollouts of the live policy as a source of batches: sample, score, and compare the responses to each prompt.
+
+A rollout is a function of (policy, seed, its number): of where its problems begin too, when some of them were drawn
+again. It is cut into minibatches and gone through ``epochs`` times, a minibatch a step.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from research.core.sharding import (
+    MeshSpec,
+    batch_sharding,
+    batch_splits,
+    check_mesh,
+    make_mesh,
+    named_sharding,
+    replicated,
+    tree_shardings,
+)
+from research.core.types import Batch, Context, Metrics, UserError
+from research.data.packing import order
+from research.evals.tasks.base import Reward, Task
+from research.models.bound import Bound
+from research.rl.advantages import Advantage, Gae, GroupRelative, Rewarded
+from research.rl.groups import Group, agreed, finished, graded, grouped, records, summary
+from research.rl.groups import rows as assembled
+from research.rl.record import Samples, pack, unpack
+from research.rl.respond import Answer, Speaker, Speech, seed_of
+from research.rl.score import score
+
+PROBLEMS_OF_A_SEED = 1 << 20  # of endless tasks: each seed has its own
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Responses of the policy in training to a task's problems, with advantages: batches for ``Grpo``.
+
+    prompts, samples: groups of a rollout, and responses to each. temperature: of the sampler; the loss uses it too.
+    reward: what responses are worth; None: the task's verifier.
+    advantage: how rewards become advantages (``research.rl.advantages``).
+    epochs, minibatches: how often a rollout is gone through, in how many steps each time.
+    staleness: rollouts that the sampler lags behind: with 1, the next is sampled while this one is trained on.
+    rounds: with more than 1, groups whose rewards are all equal are drawn again from further problems, so many times
+        at most (dynamic sampling: Yu et al. 2025, section 3.2).
+    overlong: responses that were cut off are learnt from ("train") or not ("mask", overlong filtering: section 3.4).
+    kl_penalty: times log(policy / reference) of each token is taken off the reward ("k1" in the reward); the reference
+        is the frozen model "reference".
+    rescore: the policy's own log-probabilities are computed before the first epoch, for ``Grpo.importance_cap``.
+    generation: a mesh of its own for sampling, over the same devices.
+    slots: sequences sampled at a time; 0: all. workers: threads that score. recorded: groups of each rollout whose
+        responses go to samples.jsonl.
+    """
+
+    task: Task
+    speech: Speech
+    prompts: int
+    samples: int
+    temperature: float = 1.0
+    reward: Reward | None = None
+    advantage: Advantage = field(default_factory=GroupRelative)
+    epochs: int = 1
+    minibatches: int = 1
+    staleness: int = 0
+    rounds: int = 1
+    overlong: Literal["train", "mask"] = "train"
+    kl_penalty: float = 0.0
+    rescore: bool = False
+    generation: MeshSpec | None = None
+    slots: int = 0
+    workers: int = 4
+    recorded: int = 1
+
+    def __post_init__(self) -> None:
+        least = dict(
+            prompts=1, samples=1, epochs=1, minibatches=1, staleness=0, rounds=1, slots=0, workers=1, recorded=0
+        )
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise UserError(f"source.{name} is {getattr(self, name)}: it must be at least {value}.")
+        if self.prompts * self.samples % self.minibatches:
+            raise UserError(
+                f"A rollout of {self.prompts} x {self.samples} responses does not split into {self.minibatches} "
+                "minibatches: choose a number that divides it."
+            )
+        if not self.temperature > 0 or self.kl_penalty < 0:
+            raise UserError(
+                f"A rollout's temperature must be above 0 and its kl_penalty at least 0; given {self.temperature} and "
+                f"{self.kl_penalty}: a greedy choice has nothing to learn from."
+            )
+        if self.rounds > 1 and self.samples < 2:
+            raise UserError("Drawing again compares the responses to one prompt: set samples to at least 2.")
+
+    @property
+    def batch_size(self) -> int:
+        return self.prompts * self.samples // self.minibatches
+
+    @property
+    def sequence_length(self) -> int:
+        return self.speech.prompt_length + self.speech.max_tokens
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a rollout."""
+        return self.epochs * self.minibatches
+
+    @property
+    def scored(self) -> bool:
+        """Whether the policy's own log-probabilities or values are computed."""
+        return self.rescore or self.kl_penalty > 0 or self.advantage.uses_values
+
+    def vocab_size(self, cache_dir: Path) -> int:
+        return self.speech.tokenizer_for(cache_dir).vocab_size
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        rows, length = self.batch_size, self.speech.max_tokens
+        given = {"tokens", "positions", "segment_ids"}
+        ids = {name: jax.ShapeDtypeStruct((rows, self.sequence_length), np.int32) for name in sorted(given)}
+        names = ["weights", "advantages", "sampler_log_probs"]
+        names += ["old_log_probs"] if self.scored else []
+        names += ["values", "returns"] if self.advantage.uses_values else []
+        numbers = dict.fromkeys(names, jax.ShapeDtypeStruct((rows, length), np.float32))
+        targets = jax.ShapeDtypeStruct((rows, length), np.int32)
+        return {**ids, "targets": targets, **numbers, "temperature": jax.ShapeDtypeStruct((rows,), np.float32)}
+
+    def start(self, context: Context) -> "RolloutStream":
+        check_mesh(context.mesh.shape, batch_splits(self.batch_size, self.sequence_length))
+        check_mesh(context.mesh.shape, batch_splits(self.batch_size, self.speech.max_tokens))
+        if self.kl_penalty and "reference" not in context.frozen:
+            raise UserError("kl_penalty needs the frozen model 'reference': give frozen={'reference': Init(...)}.")
+        return RolloutStream(self, context)
+
+
+class Rollout(NamedTuple):
+    """rows: arrays of all responses by name, prompt by prompt. report: what is known of them. began: the step whose
+    policy sampled it."""
+
+    rows: dict[str, np.ndarray]
+    report: Metrics
+    began: int
+
+
+class RolloutStream:
+    """Batches of ``Rollouts`` (see ``research.core.types.Stream``)."""
+
+    num_batches: int | None = None
+
+    def __init__(self, source: Rollouts, context: Context) -> None:
+        self.source, self.context = source, context
+        self.speaker = Speaker(
+            source.speech, cache_dir=context.cache_dir, temperature=source.temperature, slots=source.slots
+        )
+        self.reward = source.reward or source.task.verifier
+        self.info = {"vocab_size": self.speaker.tokenizer.vocab_size, "tokenizer": self.speaker.tokenizer.fingerprint}
+        self._samples = Samples(context.directory)
+        self._sharding = batch_sharding(context.mesh)
+        self._mesh = context.mesh if source.generation is None else make_mesh(source.generation)
+        self._scorers = ThreadPoolExecutor(source.workers, thread_name_prefix="reward")
+        self._sampler = ThreadPoolExecutor(1, thread_name_prefix="rollout")
+        self._step, self._cursor = 0, 0
+        self._held: dict[int, Rollout | Future[Rollout]] = {}  # by number
+        self._report: Metrics = {}
+        self._returned = time.perf_counter()
+
+    def next(self, policy: Bound, step: int) -> Batch:
+        """The minibatch of ``step``. A rollout's first step samples it, or the one that is ``staleness`` later."""
+        source, (number, place) = self.source, divmod(step, self.source.steps)
+        trained = 0.0
+        if place == 0:
+            jax.block_until_ready(policy.params)
+            trained = time.perf_counter() - self._returned
+            self._held = {held: rollout for held, rollout in self._held.items() if held >= number}
+            for wanted in range(number, number + source.staleness + 1):
+                if wanted not in self._held:
+                    self._held[wanted] = self._sampled(policy, wanted, step)
+        rollout = self._settled(number)
+        self._report = {**rollout.report, "staleness": step - rollout.began, "seconds/training": trained}
+        batch = self._batch(rollout.rows, self._minibatch(number, place))
+        self._step, self._returned = step + 1, time.perf_counter()
+        return batch
+
+    def report(self) -> Metrics:
+        return self._report
+
+    def get_state(self) -> dict[str, Any]:
+        """The next step and problem; and the rollouts that have been sampled and not yet been gone through, whole:
+        their policy is no more."""
+        needed = [number for number in sorted(self._held) if number >= self._step // self.source.steps]
+        held = {number: self._settled(number) for number in needed}
+        rollouts = {
+            str(number): {"rows": pack(one.rows), "report": one.report, "began": one.began}
+            for number, one in held.items()
+        }
+        return {"step": self._step, "cursor": self._cursor, "seed": self.context.seed, "rollouts": rollouts}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Raises UserError where it is no state of rollouts with this seed."""
+        try:
+            step, cursor, seed = (int(state[name]) for name in ("step", "cursor", "seed"))
+            held = {
+                int(number): Rollout(unpack(one["rows"]), one["report"], int(one["began"]))
+                for number, one in state["rollouts"].items()
+            }
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"This is not the state of rollouts ({error!r}): resume from a checkpoint that this experiment wrote."
+            ) from error
+        if seed != self.context.seed:
+            raise UserError(f"The rollouts of the checkpoint have the seed {seed} and this run {self.context.seed}.")
+        self._step, self._cursor, self._held = step, cursor, dict(held)
+
+    def _settled(self, number: int) -> Rollout:
+        rollout = self._held[number]
+        if isinstance(rollout, Future):
+            rollout = self._held[number] = rollout.result()
+        return rollout
+
+    def _sampled(self, policy: Bound, number: int, step: int) -> Rollout | Future[Rollout]:
+        """Beside the training where it may lag behind; several hosts must do all things in one order."""
+        if self.source.staleness == 0 or jax.process_count() > 1:
+            return self._rollout(policy, number, step)
+        return self._sampler.submit(self._rollout, jax.tree.map(jax.numpy.copy, policy), number, step)
+
+    def _rollout(self, policy: Bound, number: int, step: int) -> Rollout:
+        began = time.perf_counter()
+        groups, drawn, generation = self._groups(policy, number)
+        report = summary(groups, drawn)
+        report |= {"seconds/generation": generation, "seconds/reward": time.perf_counter() - began - generation}
+        with jax.set_mesh(self.context.mesh):
+            rows = self._rows(policy, groups)
+        self._samples.write(step + 1, records(groups[: self.source.recorded]))
+        return Rollout(rows, report, step)
+
+    def _groups(self, policy: Bound, number: int) -> tuple[list[Group], list[Group], float]:
+        """Those to learn from, all that were drawn, and the seconds in which they were sampled."""
+        source, drawn, seconds = self.source, list[Group](), 0.0
+        if source.generation is not None:
+            policy = _laid_out(policy, self._mesh)
+        with jax.set_mesh(self._mesh):
+            for attempt in range(source.rounds):
+                useful = [group for group in drawn if source.rounds == 1 or not group.equal]
+                missing = source.prompts - len(useful)
+                if missing <= 0:
+                    break
+                fresh, spent = self._asked(policy, missing, (self.context.seed, "rollout", number, attempt))
+                drawn, seconds = drawn + fresh, seconds + spent
+        # where too few tell their responses apart, the last of the others fill the rows
+        order = sorted(range(len(drawn)), key=lambda i: (source.rounds > 1 and drawn[i].equal, -i))
+        return [drawn[i] for i in sorted(order[: source.prompts])], drawn, seconds
+
+    def _asked(self, policy: Bound, count: int, seeds: tuple[Any, ...]) -> tuple[list[Group], float]:
+        """Answers to the next problems; each is scored as soon as it is there, while the others are sampled."""
+        problems = [self.source.task.problem("train", self._index(self._cursor + i)) for i in range(count)]
+        self._cursor += count
+        answers, scores, began = list[Answer](), list[Future](), time.perf_counter()
+        for answer in self.speaker.ask(policy, problems, samples=self.source.samples, seeds=seeds):
+            answers.append(answer)
+            scores.append(self._scorers.submit(graded, self.reward, problems[answer.problem], answer.response))
+        seconds = time.perf_counter() - began
+        return grouped(problems, answers, agreed([future.result() for future in scores])), seconds
+
+    def _index(self, number: int) -> int:
+        """The problem that comes so late: of a task with an end in an order of each epoch's own."""
+        size = self.source.task.size
+        if size is None:
+            return self.context.seed * PROBLEMS_OF_A_SEED + number
+        epoch, place = divmod(number, size)
+        return int(order(size, seed=self.context.seed, epoch=epoch)[place])
+
+    def _rows(self, policy: Bound, groups: Sequence[Group]) -> dict[str, np.ndarray]:
+        source = self.source
+        rows = assembled(self.speaker, groups, source.temperature)
+        mask = rows["weights"]
+        by_group = (source.prompts, source.samples, source.speech.max_tokens)
+        found = self._scores(policy, rows) if source.scored else {}
+        penalties = np.zeros(mask.shape)
+        if source.kl_penalty:
+            penalties = source.kl_penalty * (found["old_log_probs"] - found.pop("reference_log_probs"))
+        values = found["values"].reshape(by_group) if source.advantage.uses_values else None
+        rewards = np.stack([group.rewards for group in groups])
+        given = Rewarded(rewards, mask.reshape(by_group), penalties.reshape(by_group), values)
+        rows["advantages"] = source.advantage(given).reshape(mask.shape)
+        if isinstance(source.advantage, Gae):
+            rows["returns"] = source.advantage.plain(given).reshape(mask.shape) + found["values"]
+        if source.overlong == "mask":
+            rows["weights"] = mask * finished(groups)[:, None]
+        return rows | found
+
+    def _scores(self, policy: Bound, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        reference = self.context.frozen["reference"] if self.source.kl_penalty else None
+        parts, size = [], self.source.batch_size
+        for first in range(0, len(rows["tokens"]), size):
+            names = ("tokens", "positions", "segment_ids", "targets", "temperature")
+            batch = self._batch({name: rows[name] for name in names}, np.arange(first, first + size))
+            parts.append(jax.device_get(score(policy, reference, batch, self.source.advantage.uses_values)))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _minibatch(self, number: int, place: int) -> np.ndarray:
+        """The rows of a rollout's step, from an order of each epoch's own."""
+        source = self.source
+        epoch, part = divmod(place, source.minibatches)
+        rows = np.arange(source.prompts * source.samples)
+        if source.steps > 1:
+            rows = order(len(rows), seed=seed_of(self.context.seed, "minibatches", number), epoch=epoch)
+        return rows.reshape(source.minibatches, -1)[part]
+
+    def _batch(self, rows: Mapping[str, np.ndarray], chosen: np.ndarray) -> Batch:
+        def whole(x: np.ndarray) -> jax.Array:
+            where = self._sharding if x.ndim == 2 else named_sharding(self.context.mesh, ("batch",))
+            return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+        return {name: whole(x[chosen]) for name, x in rows.items()}
+
+
+def _laid_out(policy: Bound, mesh: jax.sharding.Mesh) -> Bound:
+    """The policy as it lies on another mesh of the same devices."""
+    model = policy.module.config
+    where = tree_shardings(mesh, policy.params, model.logical_axes())
+    return replace(
+        policy, params=jax.device_put(policy.params, where), buffers=jax.device_put(policy.buffers, replicated(mesh))
+    )
