@@ -10,9 +10,9 @@ import dataclasses
 import io
 import json
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from research.core.types import UserError
 from research.data.cache import cached_folder, checksum, name_of
 from research.data.sources import Corpus
 from research.data.tokenizer_base import Tokenizer
+
+T = TypeVar("T")
 
 FORMAT = 1
 BATCH_CHARACTERS = 4_000_000
@@ -64,25 +66,39 @@ def tokenised(corpus: Corpus, *, tokenizer: Tokenizer, split: str, cache_dir: Pa
 
 def write_tokens(folder: Path, documents: Iterable[str], *, tokenizer: Tokenizer, split: str) -> None:
     """Tokenises documents into a folder. Raises PackingError where there is no text."""
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+    def encoded() -> Iterator[tuple[np.ndarray, int]]:
+        for batch in batches(documents):
+            for ids in tokenizer.encode_batch(batch):
+                whole = np.concatenate([tokenizer.prefix, ids, [tokenizer.eos_id]])
+                yield whole, int(tokenizer.token_bytes[ids].sum())
+
+    write_flat(folder, encoded(), vocab_size=tokenizer.vocab_size, split=split)
+
+
+def write_flat(folder: Path, documents: Iterable[tuple[np.ndarray, int]], *, vocab_size: int, split: str) -> None:
+    """Writes documents, each its ids and how many bytes of text they are. Raises PackingError where all are empty."""
+    dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
     lengths, num_bytes = [], 0
     with open(folder / "tokens.bin", "wb") as file:
-        for batch in _batches(documents):
-            for ids in tokenizer.encode_batch(batch):
-                document = np.concatenate([tokenizer.prefix, ids, [tokenizer.eos_id]])
-                file.write(document.astype(dtype).tobytes())  # ndarray.tofile does not report a full disk
-                lengths.append(len(document))
-                num_bytes += int(tokenizer.token_bytes[ids].sum())
+        for document, size in documents:
+            file.write(document.astype(dtype).tobytes())  # ndarray.tofile does not report a full disk
+            lengths.append(len(document))
+            num_bytes += size
     if not num_bytes:
         raise PackingError(f"The {split} split holds no text: add text or change the split's share.")
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
-    buffer = io.BytesIO()
-    np.save(buffer, offsets)
-    (folder / "offsets.npy").write_bytes(buffer.getvalue())
+    write_array(folder / "offsets.npy", offsets)
     flat = np.memmap(folder / "tokens.bin", dtype, mode="r")
     record = {"dtype": dtype.str, "tokens": len(flat), "bytes": num_bytes, "checksum": checksum(flat)}
     record["offsets"] = checksum(offsets)
     (folder / "meta.json").write_text(json.dumps(record))
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    path.write_bytes(buffer.getvalue())
 
 
 def read_tokens(folder: Path) -> Tokens:
@@ -97,16 +113,17 @@ def read_tokens(folder: Path) -> Tokens:
     return Tokens(flat, offsets, int(record["bytes"]))
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in documents:
-        if text:
-            batch.append(text)
-            size += len(text)
-        if size >= BATCH_CHARACTERS:
+def batches(items: Iterable[T], *, size: Callable[[T], int] = len) -> Iterator[list[T]]:
+    """Texts, or what ``size`` counts the characters of, some millions of characters at a time; empty ones left out."""
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        if characters := size(item):
+            batch.append(item)
+            total += characters
+        if total >= BATCH_CHARACTERS:
             yield batch
-            batch, size = [], 0
+            batch, total = [], 0
     if batch:
         yield batch
 

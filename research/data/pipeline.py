@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import jax
 import numpy as np
@@ -54,9 +54,20 @@ class DataInfo:
     vocab_size: int
 
 
-@dataclasses.dataclass(frozen=True)
-class TextSource:
-    """Packed rows of a corpus, as batches for next-token prediction.
+class RowIndex(Protocol):
+    """Rows that are a pure index (``packing.Rows``): what a part of a corpus is packed into."""
+
+    def __len__(self) -> int:
+        """Rows of one epoch."""
+        ...
+
+    def fill(self, out: dict[str, np.ndarray], at: int, *, epoch: int, index: int) -> None:
+        """Writes row ``index`` of an epoch into row ``at`` of arrays (as ``packing.empty_rows`` makes)."""
+        ...
+
+
+class PackedSource:
+    """What sources of packed rows have in common; each is a frozen dataclass of these fields.
 
     batch_size: rows of the global batch. sequence_length: inputs, hence targets, of a row.
     shuffle: an endless stream, shuffled by the run's seed and anew every epoch. Without it the stream is one
@@ -64,13 +75,13 @@ class TextSource:
     num_batches: without shuffle: how many batches, of rows evenly spaced over the split; 0 for all.
     """
 
-    corpus: Corpus
+    corpus: Any
     tokenizer: TokenizerSpec
     batch_size: int
     sequence_length: int
-    split: str = "train"
-    shuffle: bool = True
-    num_batches: int = 0
+    split: str
+    shuffle: bool
+    num_batches: int
 
     def __post_init__(self) -> None:
         check_split(self.split)
@@ -84,10 +95,11 @@ class TextSource:
                 f"num_batches={self.num_batches} is for streams in order: give 0 or more, with shuffle=False."
             )
 
-    def validation(self, *, num_batches: int = 0, batch_size: int | None = None) -> "TextSource":
+    def validation(self, *, num_batches: int = 0, batch_size: int | None = None) -> Self:
         """The same corpus's validation split, in order and without repetition."""
+        same: Any = self
         return dataclasses.replace(
-            self,
+            same,
             split="validation",
             shuffle=False,
             num_batches=num_batches,
@@ -113,18 +125,30 @@ class TextSource:
         """Fills the cache with all that a run needs (tokenizer, both splits) and says what it is."""
         return self._load(Path(cache_dir))[2]
 
-    def _load(self, cache_dir: Path) -> tuple[Tokenizer, dict[str, list[Tokens]], DataInfo]:
-        """The tokenizer, the tokens of each split for each of the corpora, and what they are."""
+    def start(self, context: Context) -> "TextStream":
+        check_mesh(context.mesh.shape, batch_splits(self.batch_size, self.sequence_length))
+        tokenizer, held, info = self._load(Path(context.cache_dir))
+        seed = context.seed if self.shuffle else FIXED_ORDER
+        rows = [
+            self._rows(part, seed=_seed(seed, number), pad_id=tokenizer.pad_id)
+            for number, part in enumerate(held[self.split])
+        ]
+        data = {"corpus": info.corpus_hash, "tokenizer": tokenizer.fingerprint, **self._packing(), "seed": seed}
+        return TextStream(self, context, tokenizer=tokenizer, rows=rows, info=info, data=data)
+
+    def _load(self, cache_dir: Path) -> tuple[Tokenizer, dict[str, list[Any]], DataInfo]:
+        """The tokenizer, what each split holds for each of the corpora, and what they are."""
         tokenizer = self.tokenizer_for(cache_dir)
-        tokens = {
+        held = {
             split: [
-                tokenised(part, tokenizer=tokenizer, split=split, cache_dir=cache_dir) for part, _ in parts(self.corpus)
+                self._held(part, tokenizer=tokenizer, split=split, cache_dir=cache_dir)
+                for part, _ in parts(self.corpus)
             ]
             for split in ("train", "validation")
         }
         train, validation = (
             [sum(getattr(t, name) for t in found) for name in ("num_bytes", "num_documents", "num_tokens")]
-            for found in tokens.values()
+            for found in held.values()
         )
         info = DataInfo(
             corpus=type(self.corpus).__name__,
@@ -140,60 +164,74 @@ class TextSource:
             tokenizer=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
         )
-        return tokenizer, tokens, info
+        return tokenizer, held, info
 
-    def start(self, context: Context) -> "TextStream":
-        check_mesh(context.mesh.shape, batch_splits(self.batch_size, self.sequence_length))
-        tokenizer, tokens, info = self._load(Path(context.cache_dir))
-        return TextStream(self, context, tokenizer=tokenizer, tokens=tokens[self.split], info=info)
+    def _held(self, part: Any, *, tokenizer: Tokenizer, split: str, cache_dir: Path) -> Any:
+        """A split of one corpus as tokens: with num_bytes, num_documents and num_tokens."""
+        raise NotImplementedError
+
+    def _rows(self, held: Any, *, seed: int, pad_id: int) -> RowIndex:
+        raise NotImplementedError
+
+    def _packing(self) -> dict[str, str]:
+        """What of the settings decides which row is which, for a stream's state."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSource(PackedSource):
+    """Packed rows of a corpus, as batches for next-token prediction; the settings are those of ``PackedSource``."""
+
+    corpus: Corpus
+    tokenizer: TokenizerSpec
+    batch_size: int
+    sequence_length: int
+    split: str = "train"
+    shuffle: bool = True
+    num_batches: int = 0
+
+    def _held(self, part: Corpus, *, tokenizer: Tokenizer, split: str, cache_dir: Path) -> Tokens:
+        return tokenised(part, tokenizer=tokenizer, split=split, cache_dir=cache_dir)
+
+    def _rows(self, held: Tokens, *, seed: int, pad_id: int) -> Rows:
+        return Rows(held, sequence_length=self.sequence_length, seed=seed, pad_id=pad_id)
+
+    def _packing(self) -> dict[str, str]:
+        settings = self.sequence_length, self.split, self.shuffle, self.num_batches
+        return {"packing": name_of(FORMAT, packing.FORMAT, *settings)}
 
 
 class TextStream:
-    """Batches of a ``TextSource`` (see ``research.core.types.Stream``).
+    """Batches of a ``PackedSource`` (see ``research.core.types.Stream``).
 
     A batch holds [batch_size, sequence_length] arrays: ``tokens``, ``targets``, ``segment_ids`` (from 1 in
     each row; 0 is padding), ``positions`` (from 0 in each piece of a document), int32; and float32
     ``weights`` (1 where the target counts) and ``target_bytes`` (the target's UTF-8 bytes, if it counts).
 
+    rows: those of each corpus of a mixture. data: what the data are, by name, for the stream's state.
     num_batches: batches of a stream in order; None where the stream is endless.
     """
 
     def __init__(
-        self, source: TextSource, context: Context, *, tokenizer: Tokenizer, tokens: Sequence[Tokens], info: DataInfo
+        self,
+        source: PackedSource,
+        context: Context,
+        *,
+        tokenizer: Tokenizer,
+        rows: Sequence[RowIndex],
+        info: DataInfo,
+        data: Mapping[str, Any],
     ) -> None:
         self.source, self.tokenizer = source, tokenizer
         self._sharding = batch_sharding(context.mesh)
         self._token_bytes = tokenizer.token_bytes.astype(np.float32)
         self._weights = [weight for _, weight in parts(source.corpus)]
-        seed = context.seed if source.shuffle else FIXED_ORDER
-        self._rows = [
-            Rows(
-                part,
-                sequence_length=source.sequence_length,
-                seed=_seed(seed, number),
-                pad_id=tokenizer.pad_id,
-            )
-            for number, part in enumerate(tokens)
-        ]
-        self._seed = seed
+        self._rows, self._data, self._seed = rows, dict(data), data["seed"]
         self.num_batches: int | None = None
         if not source.shuffle:
             wanted = source.num_batches * source.batch_size
             self._num_rows = min(wanted or len(self._index), len(self._index))
             self.num_batches = -(-self._num_rows // source.batch_size)
-        self._data = {
-            "corpus": info.corpus_hash,
-            "tokenizer": tokenizer.fingerprint,
-            "packing": name_of(
-                FORMAT,
-                packing.FORMAT,
-                source.sequence_length,
-                source.split,
-                source.shuffle,
-                source.num_batches,
-            ),
-            "seed": seed,
-        }
         # The state that this stream continues from: `row` rows had been drawn before `step`.
         self._origin = (0, 0)
         self._step = 0
@@ -303,7 +341,7 @@ def _seed(seed: int, number: int) -> int:
     return int(name_of("shuffle", seed, number), 16) % 2**32
 
 
-def _row_index(rows: Sequence[Rows], weights: Sequence[float], *, shuffle: bool, seed: int) -> Any:
+def _row_index(rows: Sequence[RowIndex], weights: Sequence[float], *, shuffle: bool, seed: int) -> Any:
     """A Grain data set from global row numbers to (corpus, epoch, row)."""
     import grain
 
