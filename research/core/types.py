@@ -102,6 +102,8 @@ class Policy(Protocol):
 
     def head(self) -> Head: ...
 
+    def values(self, hidden: Array) -> Array: ...
+
 
 @runtime_checkable
 class Objective(Protocol):

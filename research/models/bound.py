@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from research.core.sharding import partition_spec
-from research.core.types import Array, Batch, Output, Params
+from research.core.types import Array, Batch, Output, Params, UserError
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +44,12 @@ class Bound:
     def logits(self, hidden: Array) -> Array:
         """[..., D] -> [..., V] in the logits dtype."""
         return self.head()(hidden)
+
+    def values(self, hidden: Array) -> Array:
+        """[..., D] -> [...] in float32: what the value head reads off. Raises UserError for a model without one."""
+        if not self.module.config.value_head:
+            raise UserError("This model has no value head: set model.value_head to True.")
+        return self.module.apply({"params": self.params}, hidden, method="values")
 
     def head(self) -> "Head":
         return Head(self.module.head_params(self.params), self.module)

@@ -69,6 +69,7 @@ class Decoder:
     embedding_scale: what embeddings are multiplied by (Gemma: sqrt(d_model)). logit_scale: likewise logits, which then
         become logit_cap tanh(logit / logit_cap) where there is a cap (Gemma 2).
     ahead: how many tokens further than the next are predicted in training (``research.models.ahead``).
+    value_head: besides logits a number, from 0, is read off each hidden state: the reward that is to come.
     """
 
     vocab_size: int
@@ -91,6 +92,7 @@ class Decoder:
     logit_cap: float = 0.0
     head_bias: bool = False
     ahead: int = 0
+    value_head: bool = False
 
     def __post_init__(self) -> None:
         for name, given in (("mlp", self.mlp if isinstance(self.mlp, tuple) else (self.mlp,)), ("first", self.first)):
@@ -363,15 +365,11 @@ class _Decoder(nn.Module):
         if c.head == "untied":
             matrix = c.weight_init.matrix(c.d_model)
             precision = Precision(params=self.precision.params, compute=self.precision.logits)
-            self.unembedding = Linear(
-                (c.d_model,),
-                (c.vocab_size,),
-                ("embed", "vocab"),
-                matrix,
-                precision,
-                self.platform,
-                bias=c.head_bias,
-            )
+            how = dict(axes=("embed", "vocab"), initializer=matrix, precision=precision, platform=self.platform)
+            self.unembedding = Linear((c.d_model,), (c.vocab_size,), bias=c.head_bias, **how)
+        if c.value_head:
+            wide, zeros = Precision(params=self.precision.params), nn.initializers.zeros
+            self.value = Linear((c.d_model,), (1,), ("embed", None), zeros, wide, self.platform, bias=True)
 
     def forward(self, batch: Batch, cache: Cache | None = None, key: Array | None = None) -> Output:
         c, ring = self.config, cache is None and ring_attention.applies(batch["tokens"].shape[1])
@@ -488,8 +486,13 @@ class _Decoder(nn.Module):
             logits = logits * jnp.asarray(c.logit_scale, logits.dtype)
         return capped(logits, c.logit_cap) if c.logit_cap else logits
 
-    def initialise(self, batch: Batch) -> Array:
-        return self.logits(self.forward(batch).hidden)
+    def values(self, hidden: Array) -> Array:
+        """[..., D] -> [...] in float32, of a model with a value head."""
+        return self.value(hidden)[..., 0].astype(jnp.float32)
+
+    def initialise(self, batch: Batch) -> tuple[Array, ...]:
+        hidden = self.forward(batch).hidden
+        return self.logits(hidden), *([self.values(hidden)] if self.config.value_head else [])
 
     def head_params(self, params: Params) -> Params:
         """The part of the parameters that ``logits`` reads."""

@@ -79,7 +79,8 @@ def params(model: Decoder) -> Params:
         layers=sum(one.params for one in layers) + shared,
         norm=_norm(model.norm, d_model),
         embedding=(model.vocab_size + positions) * d_model,
-        head=model.vocab_size * (d_model + model.head_bias) if model.head == "untied" else 0,
+        head=(model.vocab_size * (d_model + model.head_bias) if model.head == "untied" else 0)
+        + (d_model + 1) * model.value_head,
         ahead=model.ahead * ahead,
         idle=round(sum(one.params - one.used for one in layers)),
     )
@@ -157,7 +158,7 @@ class ForwardFlops:
 
 def forward_flops_per_token(model: Decoder, *, sequence_length: int) -> ForwardFlops:
     d_model, layers = model.d_model, [layer(model, kind) for kind in model.kinds]
-    head, last = 2.0 * d_model * model.vocab_size, layer(model, model.period[-1])
+    head, last = 2.0 * d_model * (model.vocab_size + model.value_head), layer(model, model.period[-1])
     ahead = 2.0 * (2 * d_model**2 + last.projections + last.mlp + sequence_length * last.scores) + head
     return ForwardFlops(
         projections=2.0 * sum(one.projections for one in layers),

@@ -20,8 +20,8 @@ class Init:
     """Where parameters come from instead of a random draw.
 
     checkpoint: a run's folder, or one of its checkpoints. model: its description, where it differs from the
-    experiment's own (a frozen teacher). parts: "weights" alone, or "all" of the state: optimizer and data
-    position too.
+    experiment's own: a frozen teacher; or a model without the value head, which then begins afresh. parts: "weights"
+    alone, or "all" of the state: optimizer and data position too.
     """
 
     checkpoint: str

@@ -68,9 +68,10 @@ def first_state(program: Program, checkpoints: checkpoint.Checkpointer, stream: 
     if init is None:
         return program.fresh()
     if init.parts == "weights":
-        given = program.load(init)
-        ema = jax.tree.map(jnp.copy, given.params) if experiment.ema else None
-        return program.fresh()._replace(params=given.params, buffers=given.buffers, ema=ema)
+        given, fresh = program.load(init), program.fresh()
+        params = {**fresh.params, **given.params}  # the checkpoint's model may lack a value head
+        ema = jax.tree.map(jnp.copy, params) if experiment.ema else None
+        return fresh._replace(params=params, buffers=given.buffers, ema=ema)
     checkpoint.check_model(init.checkpoint, experiment.record())
     directory, last = checkpoint.locate(init.checkpoint)
     other = checkpoint.Checkpointer(directory, experiment.checkpoint, read_only=True)

@@ -4,7 +4,7 @@
     python -m tests.objectives.golden.make        # writes grpo.npz here
 
 Run it from the root of the repository with a python that has trl, transformers and torch (CPU). The golden holds the
-inputs [rows, length]: log_probs, old, reference, sampler, entropy, mask; advantages [rows]; and for each case in cases.py
+inputs [rows, length]: log_probs, old, reference, sampler, entropy, mask; advantages [rows]; and for each case
 ``CASE/loss`` and ``CASE/gradient`` [rows, length], that of the loss with respect to log_probs; ``versions``.
 """
 
