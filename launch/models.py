@@ -18,7 +18,7 @@ from research.core import config as configs
 from research.core import sharding
 from research.core.sharding import MeshSpec
 from research.core.types import Precision, UserError
-from research.data.pipeline import TextSource
+from research.data.pipeline import PackedSource
 from research.data.pretrained import FILES, PretrainedTokenizer, place, read
 from research.data.pretrained import FOLDER as TOKENIZER
 from research.data.sentence_piece import SentencePieceTokenizer
@@ -81,7 +81,7 @@ def tokenizer_of(folder: Path, origin: Any) -> Tokenizer | None:
     directory, _ = checkpoint.locate(folder)
     if isinstance(origin, dict):
         return read(directory) if place(directory) else None
-    if not isinstance(origin.source, TextSource):
+    if not isinstance(origin.source, PackedSource):
         raise UserError(f"{folder} was not trained on text, so that a prompt means nothing to it.")
     tokenizer = origin.source.tokenizer_for(host.cache_dir())
     before = checkpoint.read_item(folder, "data").get("data", {}).get("tokenizer")

@@ -11,7 +11,7 @@ from launch.host import OUT_OF_SPACE
 from launch.journal import Journal
 from launch.study import Study, told
 from research.core.types import UserError
-from research.data.pipeline import TextSource
+from research.data.pipeline import PackedSource
 from research.scaling.ladder import TOLERANCE
 from research.scaling.table import write_csv
 from research.train import hosts, watchdog
@@ -70,7 +70,7 @@ def check_corpus(experiment: Experiment, directory: Path) -> None:
     """Raises UserError where a finished run was trained on text that has changed since: a law needs one text."""
     _, result = collect.status(experiment, directory)
     before = result.get("data", {}).get("corpus_hash")
-    if before is not None and isinstance(experiment.source, TextSource):
+    if before is not None and isinstance(experiment.source, PackedSource):
         now = experiment.source.corpus.fingerprint(host.cache_dir())
         if now != before:
             raise UserError(

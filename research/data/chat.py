@@ -52,8 +52,8 @@ class ChatTemplate:
     end: the special token that ends every turn. "": an assistant's turn ends with the tokenizer's EOS, another one
         with its content.
 
-    What a message says is always text: it never becomes a special token, a marker's or any other. Markers that are
-    themselves text can be written by a user; the token that ends a turn cannot.
+    What a message says is always text: it never becomes a special token that is a marker, or begins or ends a text.
+    Markers that are themselves text a user can write; what ends a turn nobody can.
     """
 
     system: tuple[str, ...] | None = None
@@ -158,12 +158,10 @@ class _Bound:
         self.stop, self.ended = template.stop(tokenizer)[0], bool(template.end)
         self.eos = (*_ends(tokenizer), self.stop)[0]
         markers = {role: getattr(template, role) or () for role in ROLES}
-        used = {piece for pieces in (*markers.values(), template.between) for piece in pieces}
+        used = {piece for pieces in (*markers.values(), template.between) for piece in pieces if piece.strip()}
         never = {*tokenizer.eos_ids, *tokenizer.prefix, self.stop}
-        # What no message may become. Other tokens that were added to a vocabulary (<think>) are text like any other.
-        self.reserved = {
-            text: i for text, i in tokenizer.specials.items() if text in used or i in never or not tokenizer.pieces[i]
-        }
+        # What no message may become. Other tokens that were added to a vocabulary (<think>, two newlines) are text.
+        self.reserved = {text: i for text, i in tokenizer.specials.items() if text in used or i in never}
         self.markers = {role: self._marker(pieces) for role, pieces in markers.items()}
         self.between = self._marker(template.between)
 
