@@ -100,24 +100,23 @@ class ChatRows:
 
     def __init__(self, tokens: ChatTokens, *, sequence_length: int) -> None:
         self.tokens, self.sequence_length = tokens, sequence_length
-        first, last, count, whole = tokens.notes.T
+        first, last, count, whole = tokens.notes.T.copy()
         lost = first > sequence_length
-        cut = (last > sequence_length) & (whole == 0)
+        cut = (last > sequence_length) & (whole == 0) & ~lost
+        for number in np.flatnonzero(cut).tolist():
+            start = int(tokens.offsets[number])
+            left = 1 + np.flatnonzero(tokens.trained[start + 1 : start + sequence_length + 1])
+            last[number], count[number] = left[-1], len(left)
         # Of n targets each piece has its own, and one more token before them.
-        sizes = np.where(cut, sequence_length, last)
-        pieces = np.where(lost, 0, -(-sizes // sequence_length))
+        pieces = np.where(lost, 0, -(-last // sequence_length))
         owner = np.repeat(np.arange(len(pieces)), pieces)
         begins = (np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * sequence_length
-        starts, sizes = tokens.offsets[owner] + begins, np.minimum(sizes[owner] - begins, sequence_length)
+        starts, sizes = tokens.offsets[owner] + begins, np.minimum(last[owner] - begins, sequence_length)
         rows = best_fit(sizes, capacity=sequence_length)
         order = np.argsort(rows, kind="stable")
         self._starts, self._sizes = starts[order], sizes[order]
         self._rows = np.concatenate([[0], np.cumsum(np.bincount(rows))]).astype(np.int64)
-        self.cut, self.lost = int((cut & ~lost).sum()), int(lost.sum())
-        self.trained = int(count[~cut & ~lost].sum()) + sum(
-            int(tokens.trained[start + 1 : start + sequence_length + 1].sum())
-            for start in tokens.offsets[:-1][cut & ~lost].tolist()
-        )
+        self.cut, self.lost, self.trained = int(cut.sum()), int(lost.sum()), int(count[~lost].sum())
         self.filled = float(sizes.sum() / max(1, len(self) * sequence_length))
 
     num_bytes = property(lambda self: self.tokens.num_bytes)
