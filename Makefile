@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3 python; do \
 BIN := .venv/bin
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 
-.PHONY: env demo test sky eval slow lint types verify clean
+.PHONY: env demo test sky eval rl slow lint types verify clean
 
 env: .venv/installed
 
@@ -25,6 +25,10 @@ sky: env
 
 eval: env
 	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install -q -c constraints.txt -e '.[eval]'
+
+# reasoning-gym brings one package that is compiled here: it needs a C compiler.
+rl: env
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install -q -c constraints.txt -e '.[rl]'
 
 slow: env
 	$(PYTEST) -m slow

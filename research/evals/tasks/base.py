@@ -5,6 +5,7 @@ To add one, write one file in this folder: a frozen dataclass (``Task``).
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -31,6 +32,10 @@ class Response(NamedTuple):
     text: str
     tokens: int = 0
     finished: bool = True
+
+
+BRACKETS = {"{": "}", "[": "]", "(": ")"}
+LONGEST = 10_000  # characters within which a bracket must be closed
 
 
 @runtime_checkable
@@ -60,7 +65,11 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Marked:
-    """How a response marks its answer: after the last ``before``, up to ``after`` or else the line's end."""
+    """How a response marks its answer: after the last ``before``, up to ``after`` or else the line's end.
+
+    Where ``before`` ends with a bracket and ``after`` closes it, up to the one that closes it, over those in between
+    that are not LaTeX's \\{ and \\}.
+    """
 
     before: str = "####"
     after: str = ""
@@ -75,7 +84,10 @@ class Marked:
         if at < 0:
             return None
         rest = text[at + len(self.before) :]
-        end = rest.find(self.after) if self.after else rest.find("\n")
+        if BRACKETS.get(self.before[-1]) == self.after:
+            end = _closing(rest[:LONGEST], self.before[-1], self.after)
+        else:
+            end = rest.find(self.after or "\n")
         if end < 0 and self.after:
             return None
         return (rest if end < 0 else rest[:end]).strip()
@@ -84,7 +96,18 @@ class Marked:
         return f"{self.before}{answer}{self.after}"
 
 
+def _closing(text: str, opening: str, closing: str) -> int:
+    """Where the bracket is closed that stood before the text; -1 where it is not."""
+    depth = 1
+    for found in re.finditer(rf"\\.|[{re.escape(opening + closing)}]", text, re.DOTALL):
+        depth += {opening: 1, closing: -1}.get(found[0], 0)
+        if depth == 0:
+            return found.start()
+    return -1
+
+
 TAGS = Marked("<answer>", "</answer>")
+BOXED = Marked("\\boxed{", "}")
 
 
 @dataclass

@@ -3,13 +3,12 @@
 
 import re
 from dataclasses import dataclass
-from decimal import Decimal
 from fractions import Fraction
 
 from research.evals.tasks.base import Marked, Problem, Response
 
-LONGEST = 200  # characters of an answer that are looked at; of its exponent, far fewer digits
-NUMBER = re.compile(r"([-+]?)[$€£]?(\d+(?:,\d{3})*(?:\.\d*)?|\.\d+)(?:[eE]([-+]?\d{1,3}))?(%?)", re.ASCII)
+LONGEST = 200  # characters of an answer that are looked at; of its exponent, three digits
+NUMBER = re.compile(r"([-+]?)[$€£]?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE]([-+]?\d{1,3}))?(%?)", re.ASCII)
 FRACTION = re.compile(r"([-+]?\d+)\s*/\s*(\d+)", re.ASCII)
 
 
@@ -36,12 +35,13 @@ def number(text: str) -> Fraction | None:
     text = text.strip()
     if len(text) > LONGEST:
         return None
+    text = text.removesuffix(".")  # a sentence's
     if over := FRACTION.fullmatch(text):
         top, bottom = int(over[1]), int(over[2])
         return Fraction(top, bottom) if bottom else None
-    text = text[:-1] if text.endswith(".") and text[:-1].strip("-+")[-1:].isdigit() else text
     if not (found := NUMBER.fullmatch(text)):
         return None
     sign, digits, exponent, percent = found.groups()
-    value = Fraction(Decimal(digits.replace(",", ""))) * Fraction(10) ** int(exponent or 0)
+    whole, _, decimals = digits.replace(",", "").partition(".")
+    value = int(whole + decimals) * Fraction(10) ** (int(exponent or 0) - len(decimals))
     return (-value if sign == "-" else value) / (100 if percent else 1)

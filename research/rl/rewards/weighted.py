@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewards made of rewards: a weighted sum of named parts, and one that counts only behind a gate."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from research.core.types import UserError
+from research.evals.tasks.base import Problem, Response, Reward
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """The sum of ``weight * reward`` over its parts, as in ``{"right": (1.0, Numeric()), "form": (0.1, Format())}``."""
+
+    parts: Mapping[str, tuple[float, Reward]] = field(hash=False)
+
+    def __post_init__(self) -> None:
+        if not self.parts or not all(math.isfinite(weight) for weight, _ in self.parts.values()):
+            raise UserError("Weighted needs parts, each of a name, a finite weight and a reward.")
+
+    def components(self, problem: Problem, response: Response) -> dict[str, float]:
+        """What each part gives, before its weight."""
+        return {name: reward.score(problem, response) for name, (_, reward) in self.parts.items()}
+
+    def score(self, problem: Problem, response: Response) -> float:
+        found = self.components(problem, response)
+        return math.fsum(weight * found[name] for name, (weight, _) in self.parts.items())
+
+
+@dataclass(frozen=True)
+class Gated:
+    """``reward`` where ``gate`` gives at least 1, such as a right form; else ``closed``."""
+
+    gate: Reward
+    reward: Reward
+    closed: float = 0.0
+
+    def score(self, problem: Problem, response: Response) -> float:
+        return self.reward.score(problem, response) if self.gate.score(problem, response) >= 1 else self.closed
