@@ -124,11 +124,12 @@ def join_hosts(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> int:
     join_hosts(options)
+    from research.recipes import graph
     from research.train import hosts
 
     with hosts.together():
         study = load_study(options)
-        experiment = study.only(options.only)
+        experiment = graph.resolved(study.only(options.only), options.runs / study.name)
     from launch import local
     from launch.sweep import check_corpus
 

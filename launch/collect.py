@@ -8,6 +8,7 @@ from launch import host
 from launch.local import FAILURE
 from launch.locks import is_locked
 from launch.study import Study
+from research.recipes import graph
 from research.scaling import cost
 from research.scaling.table import Run, Status, Table
 from research.train import loop, metrics
@@ -18,6 +19,7 @@ from research.train.places import is_remote
 def status(experiment: Experiment, directory: Path) -> tuple[Status, dict[str, Any]]:
     """What is known of a run: finished, changed (finished, under other settings than the study has now), diverged,
     failed, running (a process is at it), interrupted or missing."""
+    experiment = graph.as_far_as_known(experiment, directory.parent)
     result = loop.read_json(directory / loop.RESULT)
     if result is not None and result.get("hash") == experiment.hash:
         return "finished", result

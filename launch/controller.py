@@ -19,11 +19,13 @@ UNREACHED = 20  # times in a row that an executor may not be reached where the u
 
 @dataclass(frozen=True)
 class Wanted:
-    """A run of the sweep. flops: what it costs, to share runs out. finished: whether its result is there."""
+    """A run of the sweep. flops: what it costs, to share runs out. finished: whether its result is there. after: the
+    runs that it begins from."""
 
     name: str
     flops: float
     finished: Callable[[], bool]
+    after: tuple[str, ...] = ()
 
 
 @dataclass
@@ -78,7 +80,15 @@ class Controller:
         tasks = self.journal.tasks()
         if any(task.live for task in tasks):
             return True
-        return any(run.state == "waiting" for run in self.states(tasks).values()) and not self._spent(tasks)
+        return any(run.state == "waiting" for run in self._unhindered(tasks).values()) and not self._spent(tasks)
+
+    def _unhindered(self, tasks: Sequence[Task]) -> dict[str, RunState]:
+        """Of the runs whose inputs may still come: not of those that begin from one that failed or was cancelled."""
+        known, hindered = self.states(tasks), set[str]()
+        for run in self.runs:  # inputs stand before what begins from them
+            if any(known[name].state in ("failed", "cancelled") or name in hindered for name in run.after):
+                hindered.add(run.name)
+        return {name: state for name, state in known.items() if name not in hindered}
 
     # --- tasks that there are ----------------------------------------------------------------------
 
@@ -184,7 +194,11 @@ class Controller:
         """What the next task is to be, after these; None where it is not its time."""
         live, now = sum(task.live for task in tasks), time.time()
         known = self.states(tasks)
-        ready = [run for run in self.runs if known[run.name].state == "waiting" and known[run.name].until <= now]
+        ready = [
+            run
+            for run in self.runs
+            if known[run.name].state == "waiting" and known[run.name].until <= now and self.finished() >= set(run.after)
+        ]
         if not ready or live >= self.parallel:
             return None
         chosen = ready[:1]

@@ -17,6 +17,7 @@ from launch.journal import LEASE, STALE, SWEEP, Journal, Patience
 from launch.locks import Busy, locked
 from launch.plan import own_files
 from launch.study import Study
+from research.recipes import graph
 from research.train.experiment import Experiment
 
 T = TypeVar("T")
@@ -88,13 +89,16 @@ def preview(study: Study, directory: Path, told: dict[str, Any], options: Any) -
 
 
 def wanted(study: Study, directory: Path) -> list[Wanted]:
-    """The study's runs, smallest first."""
+    """The study's runs: inputs before what begins from them, else smallest first."""
 
     def has_result(name: str, experiment: Experiment) -> Callable[[], bool]:
         return lambda: collect.status(experiment, directory / name)[0] == "finished"
 
-    ordered = sorted(study.experiments.items(), key=lambda item: item[1].flops)
-    return [Wanted(name, experiment.flops, has_result(name, experiment)) for name, experiment in ordered]
+    ordered = [(name, study.experiments[name]) for name in graph.order(study.experiments)]
+    return [
+        Wanted(name, experiment.flops, has_result(name, experiment), graph.inputs(experiment))
+        for name, experiment in ordered
+    ]
 
 
 def follow(controller: Controller, study: Study, directory: Path, poll: float) -> None:

@@ -12,6 +12,7 @@ from launch.journal import Journal
 from launch.study import Study, told
 from research.core.types import UserError
 from research.data.pipeline import PackedSource
+from research.recipes import graph
 from research.scaling.ladder import TOLERANCE
 from research.scaling.table import write_csv
 from research.train import hosts, watchdog
@@ -25,12 +26,17 @@ from research.train.places import is_remote
 def sweep(study: Study, directory: Path, *, stall_minutes: float = watchdog.MINUTES) -> int:
     """Runs every unfinished experiment; one that fails does not stop the others. Returns the exit code."""
     hosts.from_first(lambda: check_not_submitted(directory))
-    names = sorted(study.experiments, key=lambda name: study.experiments[name].flops)
+    names = graph.order(study.experiments)
     for name in names:
         hosts.from_first(functools.partial(check_corpus, study.experiments[name], directory / name))
     begun, failed = time.monotonic(), []
     for position, name in enumerate(names, start=1):
-        experiment = study.experiments[name]
+        try:
+            experiment = graph.resolved(study.experiments[name], directory)
+        except graph.Waiting as error:  # what it begins from has failed
+            failed.append(name)
+            say(f"[{position}/{len(names)}] {name}: {error}")
+            continue
         state, _ = hosts.from_first(functools.partial(collect.status, experiment, directory / name))
         if state == "finished":
             say(f"[{position}/{len(names)}] {name}: finished before")
@@ -68,6 +74,7 @@ def check_not_submitted(directory: Path) -> None:
 
 def check_corpus(experiment: Experiment, directory: Path) -> None:
     """Raises UserError where a finished run was trained on text that has changed since: a law needs one text."""
+    experiment = graph.as_far_as_known(experiment, directory.parent)
     _, result = collect.status(experiment, directory)
     before = result.get("data", {}).get("corpus_hash")
     if before is not None and isinstance(experiment.source, PackedSource):

@@ -19,7 +19,7 @@ import importlib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from research.core.types import UserError
@@ -111,6 +111,23 @@ def resolve(name: str) -> type:
     if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
         raise ConfigError(f"The configuration names {name!r}, which is not a dataclass.")
     return found
+
+
+def mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """A tree of dataclasses, tuples and mappings in which each dataclass, its fields first, is what ``change`` makes of
+    it. What does not change is the same object."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        new = {name: mapped(change, child) for name, child in old.items()}
+        differing = {name: child for name, child in new.items() if child is not old[name]}
+        return change(dataclasses.replace(value, **differing) if differing else value)
+    if isinstance(value, tuple) and type(value) is tuple:
+        new = tuple(mapped(change, child) for child in value)
+        return new if any(a is not b for a, b in zip(new, value, strict=True)) else value
+    if isinstance(value, Mapping):
+        new = {key: mapped(change, child) for key, child in value.items()}
+        return new if any(new[key] is not child for key, child in value.items()) else value
+    return value
 
 
 def short_types(record: Any) -> Any:

@@ -36,7 +36,7 @@ from research.rl.record import Samples, pack, unpack
 from research.rl.respond import Answer, Speaker, Speech, seed_of
 from research.rl.score import score
 
-PROBLEMS_OF_A_SEED = 1 << 20  # of endless tasks: each seed has its own
+PROBLEMS_OF_A_SEED = 1 << 20  # of endless tasks: each seed has its own, after the first ones, which serve as examples
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class RolloutStream:
         """The problem that comes so late: of a task with an end in an order of each epoch's own."""
         size = self.source.task.size
         if size is None:
-            return self.context.seed * PROBLEMS_OF_A_SEED + number
+            return (self.context.seed + 1) * PROBLEMS_OF_A_SEED + number
         epoch, place = divmod(number, size)
         return int(order(size, seed=self.context.seed, epoch=epoch)[place])
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from research.core.config import config_hash, to_json
+from research.core.config import config_hash, mapped, to_json
 from research.core.sharding import MeshSpec
 from research.core.types import Eval, Objective, Precision, Source, UserError
 from research.models.decoder import Decoder
@@ -21,12 +21,14 @@ class Init:
 
     checkpoint: a run's folder, or one of its checkpoints. model: its description, where it differs from the
     experiment's own: a frozen teacher; or a model without the value head, which then begins afresh. parts: "weights"
-    alone, or "all" of the state: optimizer and data position too.
+    alone, or "all" of the state: optimizer and data position too. content: the hash of the weights that must be there
+    ("": whatever they are); where it is given, it says in the experiment's hash what the path would.
     """
 
     checkpoint: str
     model: Decoder | None = None
     parts: Literal["weights", "all"] = "weights"
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,5 +142,7 @@ class Experiment:
 
     @property
     def hash(self) -> str:
-        """Content hash of all that the results depend on: what is in ``WATCHING`` does not count."""
-        return config_hash(replace(self, **{name: default for name, default in WATCHING.items()}))
+        """Content hash of all that the results depend on: what is in ``WATCHING`` does not count, nor where weights lie
+        whose own hash is given."""
+        watched = replace(self, **{name: default for name, default in WATCHING.items()})
+        return config_hash(mapped(lambda x: replace(x, checkpoint="") if getattr(x, "content", "") else x, watched))

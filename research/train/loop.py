@@ -16,7 +16,7 @@ from research.core.errors import Interrupted
 from research.core.files import read_json, write_json
 from research.core.types import Context, EvalRun, Stream, UserError
 from research.scaling import cost
-from research.train import hardware, hosts, metrics, provenance, watchdog
+from research.train import hardware, hosts, metrics, provenance, watchdog, weights
 from research.train.checkpoint import Checkpointer, check_unchanged
 from research.train.experiment import CheckpointPolicy, Experiment
 from research.train.interrupt import Interrupt
@@ -171,6 +171,7 @@ def finish(experiment: Experiment, directory: Path, stream: Stream) -> dict[str,
         "seconds": last.get("seconds"),
         "metrics": {name: value for name, value in last.items() if not isinstance(value, list)},
         "data": stream.info,
+        "weights": weights.content(directory),
     }
     write_json(directory / RESULT, result)
     return result

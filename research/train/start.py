@@ -55,7 +55,13 @@ class Program:
         return {name: self.load(init) for name, init in self.experiment.frozen.items()}
 
     def load(self, init: Init) -> Bound:
-        """A model with its parameters and buffers from a checkpoint, of a run or of an import."""
+        """A model with its parameters and buffers from a checkpoint, of a run or of an import. Raises CheckpointError
+        where its weights are not those that were meant."""
+        if init.content and (found := weights.content(init.checkpoint)) != init.content:
+            raise checkpoint.CheckpointError(
+                f"The weights in {init.checkpoint} have the content hash {found}, and {init.content} is wanted: put those "
+                "back, or begin anew from these."
+            )
         return weights.load(init.checkpoint, init.model or self.experiment.model, self.experiment.precision, self.mesh)
 
 

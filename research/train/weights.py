@@ -2,6 +2,8 @@
 """Models without their training: what a checkpoint's model is, its weights on a mesh, and weights that came from
 elsewhere written as a checkpoint that ``Init`` takes."""
 
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +28,14 @@ class Described(NamedTuple):
     model: Decoder
     precision: Precision
     origin: Any
+
+
+def content(path: str | os.PathLike) -> str:
+    """A hash of a checkpoint's weights: the same on any mesh, from their checksums. Raises CheckpointError where there
+    are none."""
+    sums = checkpoint.read_item(path, "checksums").items()
+    weights = {name: value for name, value in sums if name.split("/")[0] in ("params", "buffers")}
+    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def describe(path: str | os.PathLike) -> Described:

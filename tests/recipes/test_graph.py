@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+# Stages of a study: their order, their inputs by content, and what is done again when an input changes.
+
+from dataclasses import replace
+
+import pytest
+from tests import tiny
+
+from launch import collect
+from launch import sweep as sweeps
+from launch.study import Study
+from research.core.files import read_json
+from research.core.types import UserError
+from research.recipes.graph import Waiting, inputs, order, resolved, stage
+from research.train import weights
+from research.train.checkpoint import CheckpointError
+from research.train.experiment import Init
+
+
+def stages(steps=3):
+    first = replace(tiny.experiment(steps=steps), evals=())
+    second = replace(first, init=Init(stage("first")), seed=1)
+    third = replace(first, init=Init(stage("second")), frozen={"reference": Init(stage("first"))}, seed=2)
+    return {"third": third, "second": second, "first": first}
+
+
+def test_inputs_come_first_and_circles_are_told():
+    experiments = stages()
+    assert inputs(experiments["third"]) == ("second", "first") and order(experiments) == ["first", "second", "third"]
+    with pytest.raises(UserError, match="'first', which the study has not"):
+        order({"second": experiments["second"]})
+    with pytest.raises(UserError, match="wait for each other"):
+        order(experiments | {"first": replace(experiments["first"], init=Init(stage("third")))})
+
+
+def test_a_sweep_runs_stages_in_order_and_does_again_what_has_other_inputs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))
+    directory = tmp_path / "graph"
+    experiments = {name: replace(one, name=name) for name, one in stages().items()}
+    with pytest.raises(Waiting, match="'first', which is not finished"):
+        resolved(experiments["second"], directory)
+    study = Study("graph", "graph.py", experiments, None)
+    assert sweeps.sweep(study, directory) == 0
+    given = resolved(experiments["second"], directory).init
+    assert given.checkpoint == str(directory / "first") and given.content == weights.content(directory / "first")
+    done = {name: collect.status(one, directory / name)[0] for name, one in experiments.items()}
+    assert set(done.values()) == {"finished"}
+    before = read_json(directory / "third" / "result.json")
+    assert sweeps.sweep(study, directory) == 0 and "third: finished before" in capsys.readouterr().err
+    assert read_json(directory / "third" / "result.json") == before
+
+    # where the weights lie does not count, what they are does
+    moved = directory.rename(tmp_path / "moved")
+    assert collect.status(experiments["third"], moved / "third")[0] == "finished"
+    (moved / "first").rename(moved / "old")
+    changed = {**experiments, "first": replace(experiments["first"], seed=7)}
+    assert collect.status(changed["second"], moved / "second")[0] == "changed"
+    assert sweeps.sweep(Study("graph", "graph.py", changed, None), moved) == 1  # nothing is overwritten
+    assert capsys.readouterr().err.count("was begun with other settings") == 2
+    with pytest.raises(CheckpointError, match="is wanted"):
+        tiny_run = replace(changed["second"], init=replace(given, checkpoint=str(moved / "first")))
+        sweeps.local.run(tiny_run, tmp_path / "other")
