@@ -113,7 +113,7 @@ def called(request: Mapping[str, Any], deadline: Deadline, fence: Fence, begun: 
     except Exception as error:
         return {"failure": "error", "detail": f"{type(error).__name__}: {error}"[:DETAIL]}
     begun()
-    found: dict[str, Any]
+    found: dict[str, Any] = {"failure": "time"}
     try:
         try:
             deadline.start(request["seconds"])

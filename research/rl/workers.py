@@ -71,7 +71,7 @@ class Workers:
 
     def call(self, name: str, *arguments: Any, seconds: float | None = None) -> Result:
         """What ``module:function`` makes of JSON arguments, in the first process that is free. Raises UserError where
-        no process can be started, and nothing for what the arguments cause. seconds: another deadline."""
+        it cannot be loaded, and nothing for what the arguments cause. seconds: another deadline."""
         limit = self.seconds if seconds is None else seconds
         request = json.dumps({"call": name, "arguments": arguments, "seconds": limit}).encode() + b"\n"
         if len(request) > LIMIT:
@@ -83,6 +83,8 @@ class Workers:
                     self._running.add(process := _Process(self.memory))
                 fresh, process.used = not process.used, True
                 result = process.call(request, limit * PATIENCE)
+                if not process.begun and (fresh or result.failure in ("error", "time")):
+                    raise UserError(f"The verifier {name} could not be loaded ({result.detail or result.failure}).")
                 if process.ended or result.failure in ("memory", "crash"):
                     self._drop(process)
                     process = None
@@ -113,10 +115,11 @@ class Workers:
 
 
 class _Process:
-    """One process and the pipes to it. used: whether it has had a call. ended: whether it is no more."""
+    """One process and the pipes to it. used: whether it has had a call. begun: whether the last one got as far as the
+    function. ended: whether it is no more."""
 
     def __init__(self, memory: int) -> None:
-        self.used = self.ended = False
+        self.used = self.begun = self.ended = False
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         kept = {name: os.environ[name] for name in KEPT if name in os.environ}
         self._child = subprocess.Popen(
@@ -141,10 +144,11 @@ class _Process:
 
     def call(self, request: bytes, seconds: float) -> Result:
         """Sends a request and waits for its reply; where none comes, the process is ended."""
-        reply = None
+        self.begun, reply = False, None
         if self._send(request, START):
             reply = self._receive(START)
-            if reply == {"begun": True}:
+            self.begun = reply == {"begun": True}
+            if self.begun:
                 reply = self._receive(seconds)
         if reply is not None:
             return Result(**reply)

@@ -76,8 +76,10 @@ def value(tokens: list[str]) -> Fraction | None:
             waiting.pop()
         else:
             return None
+    if due:
+        return None
     apply_from(1)
-    return None if due or waiting else values[0]
+    return None if waiting else values[0]
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ NAMES = {"sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh
 NAMES |= {"atanh", "exp", "log", "ln", "sqrt", "cbrt", "Abs", "abs", "erf", "pi"}
 FORMULA = re.compile(r"[0-9A-Za-z+\-*/^()., \t\r\n]*")
 NAME = re.compile(r"[A-Za-z]+")
+NAN = re.compile(r"(?<![a-z])nan[ij]?(?![a-z])", re.IGNORECASE)
 MEMBER = re.compile(r"\.\s*[A-Za-z]")
 
 
@@ -48,6 +49,8 @@ def score(name: str, settings: Mapping[str, Any], seed: int, question: str, answ
     dataset, entry = _made(name, json.dumps(settings, sort_keys=True), seed)
     if entry["question"] != question:
         return None
+    if NAN.search(answer) and not NAN.search(str(entry["answer"])):  # complex_arithmetic takes min(1, nan), which is 1
+        return 0.0
     if name == "game_of_life_halting":  # its own score takes every text for "True", by bool(text)
         return float(answer == str(entry["answer"]))
     _seed()

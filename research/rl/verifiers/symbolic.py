@@ -2,10 +2,13 @@
 """Equality of formulas by math-verify. Only worker processes import this (``research.rl.rewards.symbolic``)."""
 
 import logging
+import re
+import unicodedata
 
 from math_verify import parse, verify
 
 logging.disable(logging.CRITICAL)  # it warns that nobody else keeps the time: we do
+RAISED = re.compile("[⁰¹²³⁴-⁹]+")
 MATHS = ("$", "\\(", "\\[", "\\boxed")
 
 
@@ -20,4 +23,5 @@ def _as_formula(text: str) -> str:
 
 
 def _parsed(text: str) -> list:
+    text = RAISED.sub(lambda found: f"^{{{unicodedata.normalize('NFKC', found[0])}}}", text)  # 5² would be read as 5
     return parse(text, parsing_timeout=None)  # type: ignore[arg-type]
