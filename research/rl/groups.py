@@ -67,7 +67,8 @@ def agreed(grades: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def rows(speaker: Speaker, groups: Sequence[Group], temperature: float) -> dict[str, np.ndarray]:
     """Of all responses [N, ...], those of a prompt together, what ``research.objectives.grpo`` says of a batch, but for
-    the advantages. Which tokens were drawn is what the engine says, whatever their ids are."""
+    the advantages: rewards [N] in float64, and whether they are finished. Which tokens were drawn is what the engine
+    says, whatever their ids are."""
     before, after = speaker.speech.prompt_length, speaker.speech.max_tokens
     count = sum(len(group.answers) for group in groups)
     ids = {name: np.zeros((count, before + after), np.int32) for name in ("tokens", "positions", "segment_ids")}
@@ -89,6 +90,8 @@ def rows(speaker: Speaker, groups: Sequence[Group], temperature: float) -> dict[
         "weights": weights,
         "sampler_log_probs": log_probs,
         "temperature": np.full(count, temperature, np.float32),
+        "rewards": np.concatenate([group.rewards for group in groups]),
+        "finished": finished(groups),
     }
 
 

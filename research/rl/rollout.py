@@ -6,7 +6,7 @@ again. It is cut into minibatches and gone through ``epochs`` times, a minibatch
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from research.data.packing import order
 from research.evals.tasks.base import Reward, Task
 from research.models.bound import Bound
 from research.rl.advantages import Advantage, Gae, GroupRelative, Rewarded
-from research.rl.groups import Group, agreed, finished, graded, grouped, records, summary
+from research.rl.groups import Group, agreed, graded, grouped, records, summary
 from research.rl.groups import rows as assembled
 from research.rl.record import Samples, pack, unpack
 from research.rl.respond import Answer, Speaker, Speech, seed_of
@@ -139,12 +139,18 @@ class Rollouts:
 
 
 class Rollout(NamedTuple):
-    """rows: arrays of all responses by name, prompt by prompt. report: what is known of them. began: the step whose
-    policy sampled it."""
+    """rows: arrays of all responses by name, prompt by prompt; rewards and whether each was finished among them, until
+    it is gone through: then advantages. report: what is known of them. records: what samples.jsonl is to say. sampled:
+    the step whose policy sampled it."""
 
     rows: dict[str, np.ndarray]
     report: Metrics
-    began: int
+    records: list[Mapping[str, Any]]
+    sampled: int
+
+    def stored(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**self._asdict(), "rows": pack(self.rows)}
 
 
 class RolloutStream:
@@ -180,8 +186,11 @@ class RolloutStream:
             for wanted in range(number, number + source.staleness + 1):
                 if wanted not in self._held:
                     self._held[wanted] = self._sampled(policy, wanted, step)
+            fresh = self._settled(number)
+            self._held[number] = fresh._replace(rows=self._compared(policy, fresh.rows))
+            self._samples.write(step + 1, fresh.records)
         rollout = self._settled(number)
-        self._report = {**rollout.report, "staleness": step - rollout.began, "seconds/training": trained}
+        self._report = {**rollout.report, "staleness": step - rollout.sampled, "seconds/training": trained}
         batch = self._batch(rollout.rows, self._minibatch(number, place))
         self._step, self._returned = step + 1, time.perf_counter()
         return batch
@@ -193,11 +202,7 @@ class RolloutStream:
         """The next step and problem; and the rollouts that have been sampled and not yet been gone through, whole:
         their policy is no more."""
         needed = [number for number in sorted(self._held) if number >= self._step // self.source.steps]
-        held = {number: self._settled(number) for number in needed}
-        rollouts = {
-            str(number): {"rows": pack(one.rows), "report": one.report, "began": one.began}
-            for number, one in held.items()
-        }
+        rollouts = {str(number): self._settled(number).stored() for number in needed}
         return {"step": self._step, "cursor": self._cursor, "seed": self.context.seed, "rollouts": rollouts}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -205,7 +210,7 @@ class RolloutStream:
         try:
             step, cursor, seed = (int(state[name]) for name in ("step", "cursor", "seed"))
             held = {
-                int(number): Rollout(unpack(one["rows"]), one["report"], int(one["began"]))
+                int(number): Rollout(**{**one, "rows": unpack(one["rows"])})
                 for number, one in state["rollouts"].items()
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -233,10 +238,8 @@ class RolloutStream:
         groups, drawn, generation = self._groups(policy, number)
         report = summary(groups, drawn)
         report |= {"seconds/generation": generation, "seconds/reward": time.perf_counter() - began - generation}
-        with jax.set_mesh(self.context.mesh):
-            rows = self._rows(policy, groups)
-        self._samples.write(step + 1, records(groups[: self.source.recorded]))
-        return Rollout(rows, report, step)
+        rows = assembled(self.speaker, groups, self.source.temperature)
+        return Rollout(rows, report, list(records(groups[: self.source.recorded])), step)
 
     def _groups(self, policy: Bound, number: int) -> tuple[list[Group], list[Group], float]:
         """Those to learn from, all that were drawn, and the seconds in which they were sampled."""
@@ -274,23 +277,22 @@ class RolloutStream:
         epoch, place = divmod(number, size)
         return int(order(size, seed=self.context.seed, epoch=epoch)[place])
 
-    def _rows(self, policy: Bound, groups: Sequence[Group]) -> dict[str, np.ndarray]:
-        source = self.source
-        rows = assembled(self.speaker, groups, source.temperature)
-        mask = rows["weights"]
+    def _compared(self, policy: Bound, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Rows with advantages, by the policy that they are first learnt from by."""
+        source, rows = self.source, dict(rows)
+        mask, rewards, finished = rows["weights"], rows.pop("rewards"), rows.pop("finished")
         by_group = (source.prompts, source.samples, source.speech.max_tokens)
         found = self._scores(policy, rows) if source.scored else {}
         penalties = np.zeros(mask.shape)
         if source.kl_penalty:
             penalties = source.kl_penalty * (found["old_log_probs"] - found.pop("reference_log_probs"))
         values = found["values"].reshape(by_group) if source.advantage.uses_values else None
-        rewards = np.stack([group.rewards for group in groups])
-        given = Rewarded(rewards, mask.reshape(by_group), penalties.reshape(by_group), values)
+        given = Rewarded(rewards.reshape(by_group[:2]), mask.reshape(by_group), penalties.reshape(by_group), values)
         rows["advantages"] = source.advantage(given).reshape(mask.shape)
         if isinstance(source.advantage, Gae):
             rows["returns"] = source.advantage.plain(given).reshape(mask.shape) + found["values"]
         if source.overlong == "mask":
-            rows["weights"] = mask * finished(groups)[:, None]
+            rows["weights"] = mask * finished[:, None]
         return rows | found
 
     def _scores(self, policy: Bound, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -59,8 +59,8 @@ class Program:
         where its weights are not those that were meant."""
         if init.content and (found := weights.content(init.checkpoint)) != init.content:
             raise checkpoint.CheckpointError(
-                f"The weights in {init.checkpoint} have the content hash {found}, and {init.content} is wanted: put those "
-                "back, or begin anew from these."
+                f"The weights in {init.checkpoint} have the content hash {found}, and {init.content} is wanted: put "
+                "those back, or begin anew from these."
             )
         return weights.load(init.checkpoint, init.model or self.experiment.model, self.experiment.precision, self.mesh)
 
