@@ -67,11 +67,11 @@ def effective_html(record: Mapping[str, Any], picture: str) -> str:
     rows = [
         (
             run["name"],
-            *(_number(run[name]) for name in ("flops", "params", "active_params", "tokens", "loss", "dense_loss")),
-            _number(run["dense_params"] and round(run["dense_params"])) or "none",
-            f"{_number(run['times'])} ({_span(run['times_interval_95']) or 'no interval'})",
-            _number(run["dense_flops"]) or "none",
-            _number(run["times_flops"]),
+            *(number(run[name]) for name in ("flops", "params", "active_params", "tokens", "loss", "dense_loss")),
+            number(run["dense_params"] and round(run["dense_params"])) or "none",
+            f"{number(run['times'])} ({_span(run['times_interval_95']) or 'no interval'})",
+            number(run["dense_flops"]) or "none",
+            number(run["times_flops"]),
         )
         for run in record["worth"]
     ]
@@ -87,10 +87,10 @@ def effective_html(record: Mapping[str, Any], picture: str) -> str:
         "times (95%)",
     )
     meaning = "".join(f"<p>{_text(sentence)}</p>" for sentence in record["meaning"].values())
-    worth = _table((*names, "dense FLOPs", "times"), rows)
-    dense = _table(
+    worth = table_of((*names, "dense FLOPs", "times"), rows)
+    dense = table_of(
         ("run", "FLOPs", "params", "tokens", "loss"),
-        [[_number(run[name]) for name in ("name", "flops", "params", "tokens", "loss")] for run in record["dense"]],
+        [[number(run[name]) for name in ("name", "flops", "params", "tokens", "loss")] for run in record["dense"]],
     )
     return words_html(
         record,
@@ -104,13 +104,13 @@ def tuning_html(record: Mapping[str, Any], picture: str) -> str:
     """The page of a study of learning rates and batches, from what tuning.json holds."""
     rows = [
         (
-            *(_number(best[name]) for name in ("flops", "params", "tokens", "learning_rate", "batch_tokens", "loss")),
+            *(number(best[name]) for name in ("flops", "params", "tokens", "learning_rate", "batch_tokens", "loss")),
             best["problem"] or f"off by {best['rms_residual']:.2%}",
         )
         for best in record["best"]
     ]
     names = ("FLOPs", "params", "tokens", "best learning rate", "best batch (tokens)", "loss there", "surface")
-    return words_html(record, picture, f"<h2>Optima</h2>{_table(names, rows)}")
+    return words_html(record, picture, f"<h2>Optima</h2>{table_of(names, rows)}")
 
 
 def _left_out(excluded: Mapping[str, str]) -> str:
@@ -130,18 +130,19 @@ def _law(record: Mapping[str, Any]) -> str:
     for name in [*law, *sorted(set(record["intervals_95"]) - set(law))]:
         value = law.get(name, (record["exponents"] or {}).get(name))
         spans = (record[f"{kind}intervals_95"].get(name) for kind in ("", "profile_"))
-        rows.append((name, _number(value), *(_span(span) for span in spans)))
-    intervals = _table(("", "value", "95% by bootstrap", "95% by profile likelihood"), rows)
+        rows.append((name, number(value), *(_span(span) for span in spans)))
+    intervals = table_of(("", "value", "95% by bootstrap", "95% by profile likelihood"), rows)
     optimum = [
         (
             name,
-            *(_number((record["recommendation"]["law"] or {}).get(name)),),
+            *(number((record["recommendation"]["law"] or {}).get(name)),),
             _span(record["profile_intervals_95"].get(name)),
         )
         for name in ("params", "tokens", "loss")
         if name in record["profile_intervals_95"]
     ]
-    at = f"<p>At {record['target_flops']:.3g} FLOPs:</p>{_table(('', 'optimum', '95% by profile likelihood'), optimum)}"
+    optima = table_of(("", "optimum", "95% by profile likelihood"), optimum)
+    at = f"<p>At {record['target_flops']:.3g} FLOPs:</p>{optima}"
     projected = record["variable_projection"]
     text = f'<h2>The law</h2><p class="law">{_text(record["law"]["form"])}</p>{intervals}{at if optimum else ""}'
     if record["resamples"]:
@@ -151,7 +152,7 @@ def _law(record: Mapping[str, Any]) -> str:
     if record["profile_intervals_95"]:
         text += "<p>The profile takes errors of log loss as normal: its middle is the fit of least squares.</p>"
     if projected:
-        others = ", ".join(f"{name} {_number(value)}" for name, value in projected["law"].items())
+        others = ", ".join(f"{name} {number(value)}" for name, value in projected["law"].items())
         text += f"<p>Variable projection, a fit of relative errors by least squares: {_text(others)}.</p>"
     return text
 
@@ -163,7 +164,7 @@ def _span(span: Mapping[str, float | None] | None) -> str:
     low, high = span["low"], span["high"]
     if low is None and high is None:
         return "not identified"
-    ends = (_number(low) if low is not None else "no end"), (_number(high) if high is not None else "no end")
+    ends = (number(low) if low is not None else "no end"), (number(high) if high is not None else "no end")
     return f"{ends[0]} to {ends[1]}"
 
 
@@ -186,7 +187,7 @@ def _approaches(record: Mapping[str, Any]) -> str:
         for name, slopes, spans in found
     ]
     heads = ("approach", "params in compute (95%)", "tokens in compute (95%)")
-    return f'<h2>Three approaches</h2><div class="words">{_table(heads, rows)}</div>' if rows else ""
+    return f'<h2>Three approaches</h2><div class="words">{table_of(heads, rows)}</div>' if rows else ""
 
 
 def _corrections(record: Mapping[str, Any]) -> str:
@@ -205,7 +206,7 @@ def _corrections(record: Mapping[str, Any]) -> str:
         "<p>The exponent of optimal params in compute by the parametric law, where the same runs are counted "
         "otherwise.</p>"
     )
-    return f'<h2>What counting does</h2>{text}<div class="words">{_table(names, rows)}</div>' if rows else ""
+    return f'<h2>What counting does</h2>{text}<div class="words">{table_of(names, rows)}</div>' if rows else ""
 
 
 def _findings(record: Mapping[str, Any]) -> str:
@@ -242,7 +243,7 @@ def _held_out(held_out: Mapping[str, Any] | None) -> str:
         f"{held_out['carried_error']:+.4f} on the best held-out run, the law by "
         f"{held_out['best_error']:+.4f}."
     )
-    return f"<h2>Held-out budget</h2>{_table(names, rows)}<p>{facts}</p>"
+    return f"<h2>Held-out budget</h2>{table_of(names, rows)}<p>{facts}</p>"
 
 
 def _isoflop(record: Mapping[str, Any]) -> str:
@@ -251,14 +252,14 @@ def _isoflop(record: Mapping[str, Any]) -> str:
         found = curve["problem"] is None
         spans = curve["intervals_95"]
         cells = [
-            f"{_number(round(curve[name]) if name != 'loss' else curve[name])} "
+            f"{number(round(curve[name]) if name != 'loss' else curve[name])} "
             f"({_span(spans.get(name)) or 'no interval'})"
             if found
             else ""
             for name in ("params", "tokens", "loss")
         ]
         rows.append((f"{curve['flops']:.3g}", str(len(curve["sizes"])), *cells, curve["problem"] or "bracketed"))
-    text = "<h2>IsoFLOP minima</h2>" + _table(
+    text = "<h2>IsoFLOP minima</h2>" + table_of(
         ("FLOPs", "runs", "params at minimum (95%)", "tokens at minimum (95%)", "loss at minimum (95%)", ""), rows
     )
     laws = [
@@ -280,7 +281,7 @@ def _fit(record: Mapping[str, Any]) -> str:
             f"{fit['rms_residual']:.3%} root mean square, {fit['largest_residual']:.3%} at most, in log loss",
         ),
     ]
-    return f'<h2>The fit</h2><div class="words">{_table(("", ""), rows)}</div>'
+    return f'<h2>The fit</h2><div class="words">{table_of(("", ""), rows)}</div>'
 
 
 def _conventions(record: Mapping[str, Any]) -> str:
@@ -288,7 +289,7 @@ def _conventions(record: Mapping[str, Any]) -> str:
     for corpus in record["corpora"]:
         size = f"{corpus['bytes']:,} bytes" if corpus["bytes"] is not None else "size not recorded"
         rows.append(("corpus", f"{size}, content hash {corpus['hash'] or 'not recorded'}"))
-    return f'<h2>Conventions</h2><div class="words">{_table(("", ""), rows)}</div>'
+    return f'<h2>Conventions</h2><div class="words">{table_of(("", ""), rows)}</div>'
 
 
 def _runs(record: Mapping[str, Any], table: Table) -> str:
@@ -296,15 +297,15 @@ def _runs(record: Mapping[str, Any], table: Table) -> str:
     rows, classes = [], []
     for run in table:
         residual = residuals.get(run.name)
-        cells = [_number(getattr(run, column)) for column in COLUMNS]
+        cells = [number(getattr(run, column)) for column in COLUMNS]
         rows.append([*cells, "" if residual is None else f"{residual:+.3%}"])
         classes.append("out" if residual is None else "")
     names = [column.replace("_", " ") for column in COLUMNS] + ["log residual"]
-    body = _table(names, rows, classes=classes)
+    body = table_of(names, rows, classes=classes)
     return f'<h2>All runs</h2><p>Runs in grey are left out of the fits.</p><div class="scroll">{body}</div>'
 
 
-def _table(names: Sequence[str], rows: Iterable[Sequence[str]], *, classes: Sequence[str] | None = None) -> str:
+def table_of(names: Sequence[str], rows: Iterable[Sequence[str]], *, classes: Sequence[str] | None = None) -> str:
     rows = list(rows)
     head = "".join(f"<th>{_text(name)}</th>" for name in names) if any(names) else ""
     lines = []
@@ -314,7 +315,7 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[str]], *, classes: Sequ
     return f"<table>{f'<tr>{head}</tr>' if head else ''}{''.join(lines)}</table>"
 
 
-def _number(value: Any) -> str:
+def number(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, bool | str):
