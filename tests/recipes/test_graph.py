@@ -4,7 +4,6 @@
 from dataclasses import replace
 
 import pytest
-from tests import tiny
 
 from launch import collect
 from launch import sweep as sweeps
@@ -15,6 +14,7 @@ from research.recipes.graph import Waiting, inputs, order, resolved, stage
 from research.train import weights
 from research.train.checkpoint import CheckpointError
 from research.train.experiment import Init
+from tests import tiny
 
 
 def stages(steps=3):
