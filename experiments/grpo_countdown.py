@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Countdown by trial and error: three numbers are to make a fourth.
 
-Question:  How far does GRPO take a model beyond the worked examples it began with, where an answer must be searched for?
+Question:  How far does GRPO take a model beyond the worked examples that it began with, where answers are to be found?
 Command:   lab sweep experiments/grpo_countdown.py
 Hardware:  two CPU cores.
 Expect:    see LOG.md
