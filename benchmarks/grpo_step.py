@@ -15,7 +15,7 @@ import os
 import statistics
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from benchmarks.generate import MODEL  # noqa: E402
+from benchmarks import generate  # noqa: E402
 from research.core.sharding import MeshSpec, make_mesh  # noqa: E402
 from research.core.types import Context  # noqa: E402
 from research.data.chat import ChatTemplate  # noqa: E402
@@ -38,6 +38,7 @@ from research.rl.rollout import Rollouts  # noqa: E402
 from research.train.experiment import AdamW, Experiment, Steps  # noqa: E402
 from research.train.start import Program  # noqa: E402
 
+MODEL = replace(generate.MODEL, layers="unrolled")
 PROMPTS, SAMPLES, PROMPT, NEW = 16, 8, 64, 64
 TRL_SCRIPT = """
 import json, sys, time

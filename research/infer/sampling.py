@@ -15,6 +15,7 @@ import numpy as np
 
 from research.core.types import Array, UserError
 
+BLOCK = 128  # of a vocabulary, for draws
 NEVER = -1e30  # a finite stand-in for minus infinity, as in attention
 
 
@@ -163,11 +164,32 @@ class Sampling:
         if self.greedy:
             tokens_B = jnp.argmax(log_probs_BV, axis=-1)
         else:
-            tokens_B = jax.vmap(lambda key, i, row: jax.random.categorical(jax.random.fold_in(key, i), row))(
-                keys_B, index_B, log_probs_BV
-            )
+            tokens_B = drawn(jax.vmap(jax.random.fold_in)(keys_B, index_B), log_probs_BV)
         tokens_B = tokens_B.astype(jnp.int32)
         return tokens_B, jnp.take_along_axis(log_probs_BV, tokens_B[:, None], axis=-1)[:, 0]
+
+
+def drawn(keys_B: Array, log_probs_BV: Array) -> Array:
+    """An index of each row [B], as likely as it says: a block of the row by one uniform number, a place in it by one.
+
+    Random numbers are dear: Gumbel's trick takes one for each of the V, which here costs more than the model does.
+    """
+    rows, size = log_probs_BV.shape
+    width = BLOCK if size > 4 * BLOCK else size
+    padded_BV = jnp.pad(log_probs_BV, ((0, 0), (0, -size % width)), constant_values=-jnp.inf)
+    parts_BNW = padded_BV.reshape(rows, -1, width)
+    uniform_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
+    block_B = _inverted(jnp.sum(jnp.exp(parts_BNW), axis=-1), uniform_B2[:, 0])
+    part_BW = jnp.take_along_axis(parts_BNW, block_B[:, None, None], axis=1)[:, 0]
+    return block_B * width + _inverted(jnp.exp(part_BW), uniform_B2[:, 1])
+
+
+def _inverted(weights_BN: Array, uniform_B: Array) -> Array:
+    """The first place [B] where the running sum of weights is beyond ``uniform`` of their sum: of weight 0, never."""
+    sums_BN = jnp.cumsum(weights_BN, axis=-1)
+    total_B = sums_BN[:, -1]
+    target_B = jnp.minimum(uniform_B * total_B, jnp.nextafter(total_B, jnp.zeros_like(total_B)))
+    return jnp.argmax(sums_BN > target_B[:, None], axis=-1)
 
 
 def sampling(

@@ -187,8 +187,9 @@ class RolloutStream:
                 if wanted not in self._held:
                     self._held[wanted] = self._sampled(policy, wanted, step)
             fresh = self._settled(number)
-            self._held[number] = fresh._replace(rows=self._compared(policy, fresh.rows))
-            self._samples.write(step + 1, fresh.records)
+            if "rewards" in fresh.rows:  # else this step was drawn before
+                self._held[number] = fresh._replace(rows=self._compared(policy, fresh.rows))
+                self._samples.write(step + 1, fresh.records)
         rollout = self._settled(number)
         self._report = {**rollout.report, "staleness": step - rollout.sampled, "seconds/training": trained}
         batch = self._batch(rollout.rows, self._minibatch(number, place))
