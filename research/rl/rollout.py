@@ -6,7 +6,7 @@ again. It is cut into minibatches and gone through ``epochs`` times, a minibatch
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,11 +29,13 @@ from research.core.types import Batch, Context, Metrics, UserError
 from research.data.packing import order
 from research.evals.tasks.base import Reward, Task
 from research.models.bound import Bound
+from research.objectives.grpo import REFERENCE
 from research.rl.advantages import Advantage, Gae, GroupRelative, Rewarded
 from research.rl.groups import Group, agreed, graded, grouped, records, summary
 from research.rl.groups import rows as assembled
 from research.rl.record import Samples, pack, unpack
 from research.rl.respond import Answer, Speaker, Speech, seed_of
+from research.rl.rewards.learned import LearnedReward, learned
 from research.rl.score import score
 
 PROBLEMS_OF_A_SEED = 1 << 20  # of endless tasks: each seed has its own, after the first ones, which serve as examples
@@ -44,7 +46,7 @@ class Rollouts:
     """Responses of the policy in training to a task's problems, with advantages: batches for ``Grpo``.
 
     prompts, samples: groups of a rollout, and responses to each. temperature: of the sampler; the loss uses it too.
-    reward: what responses are worth; None: the task's verifier.
+    reward: what responses are worth; None: the task's verifier. learned: what models give besides, by their weights.
     advantage: how rewards become advantages (``research.rl.advantages``).
     epochs, minibatches: how often a rollout is gone through, in how many steps each time.
     staleness: rollouts that the sampler lags behind: with 1, the next is sampled while this one is trained on.
@@ -65,6 +67,7 @@ class Rollouts:
     samples: int
     temperature: float = 1.0
     reward: Reward | None = None
+    learned: tuple[LearnedReward, ...] = ()
     advantage: Advantage = field(default_factory=GroupRelative)
     epochs: int = 1
     minibatches: int = 1
@@ -133,8 +136,12 @@ class Rollouts:
     def start(self, context: Context) -> "RolloutStream":
         check_mesh(context.mesh.shape, batch_splits(self.batch_size, self.sequence_length))
         check_mesh(context.mesh.shape, batch_splits(self.batch_size, self.speech.max_tokens))
-        if self.kl_penalty and "reference" not in context.frozen:
-            raise UserError("kl_penalty needs the frozen model 'reference': give frozen={'reference': Init(...)}.")
+        asked = {reward.model: f"The learned reward {reward.name!r}" for reward in self.learned}
+        for name, who in ((asked | {REFERENCE: "kl_penalty"}) if self.kl_penalty else asked).items():
+            if name not in context.frozen:
+                raise UserError(
+                    f"{who} asks the frozen model {name!r}: give the experiment frozen={{'{name}': Init(...)}}."
+                )
         return RolloutStream(self, context)
 
 
@@ -240,6 +247,13 @@ class RolloutStream:
         report = summary(groups, drawn)
         report |= {"seconds/generation": generation, "seconds/reward": time.perf_counter() - began - generation}
         rows = assembled(self.speaker, groups, self.source.temperature)
+        for reward in self.source.learned:
+            given = self._batchwise(
+                rows, lambda batch, one=reward: {"": learned(one, self.context.frozen[one.model], batch)}
+            )[""]
+            rows["rewards"] = rows["rewards"] + reward.weight * given
+            report[f"reward/{reward.name}"] = float(given.mean())
+        report["reward"] = float(rows["rewards"].mean()) if self.source.learned else report["reward"]
         return Rollout(rows, report, list(records(groups[: self.source.recorded])), step)
 
     def _groups(self, policy: Bound, number: int) -> tuple[list[Group], list[Group], float]:
@@ -297,12 +311,20 @@ class RolloutStream:
         return rows | found
 
     def _scores(self, policy: Bound, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        reference = self.context.frozen["reference"] if self.source.kl_penalty else None
+        reference = self.context.frozen[REFERENCE] if self.source.kl_penalty else None
+        values = self.source.advantage.uses_values
+        return self._batchwise(rows, lambda batch: score(policy, reference, batch, values))
+
+    def _batchwise(
+        self, rows: Mapping[str, np.ndarray], ask: Callable[[Batch], Mapping[str, jax.Array]]
+    ) -> dict[str, np.ndarray]:
+        """What a function of a batch says of all rows, a batch at a time."""
         parts, size = [], self.source.batch_size
-        for first in range(0, len(rows["tokens"]), size):
-            names = ("tokens", "positions", "segment_ids", "targets", "temperature")
-            batch = self._batch({name: rows[name] for name in names}, np.arange(first, first + size))
-            parts.append(jax.device_get(score(policy, reference, batch, self.source.advantage.uses_values)))
+        names = ("tokens", "positions", "segment_ids", "targets", "weights", "temperature")
+        with jax.set_mesh(self.context.mesh):
+            for first in range(0, len(rows["tokens"]), size):
+                batch = self._batch({name: rows[name] for name in names}, np.arange(first, first + size))
+                parts.append(jax.device_get(ask(batch)))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _minibatch(self, number: int, place: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -15,11 +15,13 @@ import pytest
 
 from research.core.sharding import MeshSpec, make_mesh
 from research.core.types import Context, Precision, UserError
+from research.data.chat import ChatTemplate
 from research.objectives.grpo import Clip, Grpo
 from research.objectives.ppo import Ppo
 from research.rl import record
 from research.rl.advantages import BatchNormalised, Gae, GroupRelative, LeaveOneOut
 from research.rl.groups import graded, summary
+from research.rl.rewards.learned import ValueAtEnd
 from research.rl.rewards.length import SoftOverlong
 from research.rl.rewards.weighted import Weighted
 from research.train import loop, metrics
@@ -75,6 +77,28 @@ def test_a_batch_says_what_was_drawn_and_its_ratio_is_one(start):
     np.testing.assert_allclose(advantages.sum(1), 0, atol=1e-5)
     report = stream.report()
     assert report["response/length"] == lengths.mean() and report["staleness"] == 0
+
+
+def test_each_of_several_ends_is_learnt_from_and_nothing_behind_it(start):
+    """Ends are what the sampler stopped at: no token is looked up for what its id is."""
+    ends = (70, 71, 72, 73, *range(150, 200))
+
+    @dataclass(frozen=True)
+    class SeveralEnds(ChatTemplate):
+        def stop(self, tokenizer):
+            return ends
+
+    source = letters.rollouts(speech=replace(letters.SPEECH, template=SeveralEnds()), prompts=16)
+    stream, mesh = start(source)
+    with mesh:
+        rows = host(stream.next(policy(), 0))
+    lengths = rows["weights"].sum(1).astype(int)
+    last = rows["targets"][np.arange(len(lengths)), lengths - 1]
+    stopped = np.isin(last, ends)
+    assert (lengths[~stopped] == 8).all() and len(set(last[stopped])) > 5 and (lengths[stopped] < 8).any()
+    inside = [rows["targets"][row, : length - 1] for row, length in enumerate(lengths)]
+    assert not np.isin(np.concatenate(inside), ends).any()
+    assert stream.report()["response/truncated"] == (~stopped).mean()
 
 
 def test_what_is_sampled_depends_on_policy_seed_and_number_alone(start):
@@ -187,6 +211,27 @@ def test_penalties_values_and_rescoring_come_from_the_models(start):
     np.testing.assert_allclose((rows["advantages"] + rows["values"])[real], rows["returns"][real], atol=1e-5)
     assert np.abs(rows["values"][real]).min() > 0 and float(loss.metrics["value"].mean) != 0
     with pytest.raises(UserError, match="frozen model 'reference'"):
+        start(source)
+
+
+def test_a_reward_model_reads_the_end_of_each_response(start):
+    model = replace(letters.MODEL, value_head=True)
+    judge = policy(3, model)
+    ones = jax.random.normal(jax.random.key(1), judge.params["value"]["w"].shape)
+    judge = replace(judge, params={**judge.params, "value": {**judge.params["value"], "w": ones}})
+    source = letters.rollouts(learned=(ValueAtEnd(weight=0.5),), advantage=GroupRelative(std=False))
+    stream, mesh = start(source, frozen={"reward": judge})
+    plain, _ = start(letters.rollouts(advantage=GroupRelative(std=False)))
+    with mesh:
+        rows, without = host(stream.next(policy(), 0)), host(plain.next(policy(), 0))
+        values = np.asarray(judge.values(judge.forward(rows).hidden))
+    last = 8 + rows["weights"].sum(1).astype(int) - 1
+    given = values[np.arange(ROWS), last].reshape(4, 4)
+    added = 0.5 * (given - given.mean(1, keepdims=True))
+    found = (rows["advantages"] - without["advantages"])[:, 0].reshape(4, 4)
+    np.testing.assert_allclose(found, added, atol=1e-4)
+    assert abs(stream.report()["reward/learned"] - given.mean()) < 1e-4
+    with pytest.raises(UserError, match="asks the frozen model 'reward'"):
         start(source)
 
 
