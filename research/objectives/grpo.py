@@ -6,7 +6,7 @@ reference; the advantage and what is sampled are the source's (``research.rl``).
 its left, and a response of at most C tokens: tokens, positions, segment_ids [B, T], T = prompt + C; and of the response
 alone, [B, C]: targets; weights (1 where the sampler drew the token and it is to be learnt from); advantages;
 sampler_log_probs; and where there are such, old_log_probs (of the policy before the first inner epoch) and
-reference_log_probs. temperature [B] is the sampler's.
+reference_log_probs; temperature, the sampler's.
 """
 
 from collections.abc import Mapping

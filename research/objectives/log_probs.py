@@ -22,14 +22,13 @@ class TokenLogProbs(NamedTuple):
 
 
 def token_log_probs(
-    head: Head, hidden_BCD: Array, targets_BC: Array, temperature_B: Array, *, chunk: int = 512
+    head: Head, hidden_BCD: Array, targets_BC: Array, temperature_BC: Array, *, chunk: int = 512
 ) -> TokenLogProbs:
-    """Of the targets, under the softmax of the logits over the temperature of each row: that of the sampler.
+    """Of the targets, under the softmax of the logits over each token's temperature: that of the sampler.
 
     chunk: tokens at a time on one device (0: all at once, the plain form). On a mesh every device takes its share of
     the tokens and fetches the head once.
     """
-    temperature_BC = jnp.broadcast_to(temperature_B[:, None], targets_BC.shape)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or hidden_BCD.shape[0] % ways("batch"):
         return _in_chunks(chunk, head.cast(), hidden_BCD, targets_BC, temperature_BC)

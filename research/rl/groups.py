@@ -89,7 +89,7 @@ def rows(speaker: Speaker, groups: Sequence[Group], temperature: float) -> dict[
         "targets": ids["tokens"][:, before:].copy(),
         "weights": weights,
         "sampler_log_probs": log_probs,
-        "temperature": np.full(count, temperature, np.float32),
+        "temperature": np.full_like(weights, temperature),
         "rewards": np.concatenate([group.rewards for group in groups]),
         "finished": finished(groups),
     }

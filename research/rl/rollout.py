@@ -21,7 +21,6 @@ from research.core.sharding import (
     batch_splits,
     check_mesh,
     make_mesh,
-    named_sharding,
     replicated,
     tree_shardings,
 )
@@ -126,12 +125,12 @@ class Rollouts:
         rows, length = self.batch_size, self.speech.max_tokens
         given = {"tokens", "positions", "segment_ids"}
         ids = {name: jax.ShapeDtypeStruct((rows, self.sequence_length), np.int32) for name in sorted(given)}
-        names = ["weights", "advantages", "sampler_log_probs"]
+        names = ["weights", "advantages", "sampler_log_probs", "temperature"]
         names += ["old_log_probs"] if self.scored else []
         names += ["values", "returns"] if self.advantage.uses_values else []
         numbers = dict.fromkeys(names, jax.ShapeDtypeStruct((rows, length), np.float32))
         targets = jax.ShapeDtypeStruct((rows, length), np.int32)
-        return {**ids, "targets": targets, **numbers, "temperature": jax.ShapeDtypeStruct((rows,), np.float32)}
+        return {**ids, "targets": targets, **numbers}
 
     def start(self, context: Context) -> "RolloutStream":
         check_mesh(context.mesh.shape, batch_splits(self.batch_size, self.sequence_length))
@@ -338,8 +337,7 @@ class RolloutStream:
 
     def _batch(self, rows: Mapping[str, np.ndarray], chosen: np.ndarray) -> Batch:
         def whole(x: np.ndarray) -> jax.Array:
-            where = self._sharding if x.ndim == 2 else named_sharding(self.context.mesh, ("batch",))
-            return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+            return jax.make_array_from_callback(x.shape, self._sharding, lambda index: x[index])
 
         return {name: whole(x[chosen]) for name, x in rows.items()}
 

@@ -71,7 +71,7 @@ def batch_of(rows=8, lengths=None, vocab_size=264, seed=3):
         "weights": real[:, PROMPT:].astype(np.float32),
         "advantages": np.broadcast_to(rng.normal(size=(rows, 1)), shape).astype(np.float32),
         "sampler_log_probs": -rng.gamma(2.0, 2.0, shape).astype(np.float32),
-        "temperature": np.full(rows, 0.7, np.float32),
+        "temperature": np.full(shape, 0.7, np.float32),
     }
 
 

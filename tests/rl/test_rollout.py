@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Rollouts as a source: what they hold, that they are a function of policy, seed and number, and that nothing is lost.
 
+import contextlib
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from research.rl.groups import graded, summary
 from research.rl.rewards.learned import ValueAtEnd
 from research.rl.rewards.length import SoftOverlong
 from research.rl.rewards.weighted import Weighted
-from research.train import loop, metrics
+from research.train import ahead, loop, metrics
 from research.train.experiment import CheckpointPolicy, Init, Steps
 from tests.conftest import ROOT
 from tests.rl import letters
@@ -40,11 +41,18 @@ def policy(seed=0, model=letters.MODEL):
     return model.bind(model.init_params(jax.random.key(seed), Precision()), model.init_buffers(), Precision())
 
 
+@contextlib.contextmanager
+def scope(mesh):
+    """``jax.set_mesh`` where it is entered: called, it holds from there on."""
+    with jax.set_mesh(mesh):
+        yield
+
+
 @pytest.fixture
 def start(cache_dir):
     def begin(source, mesh=None, seed=0, **changes):
         mesh = mesh or make_mesh(MeshSpec(), devices=jax.devices()[:1])
-        return source.start(Context(mesh, seed, cache_dir, **changes)), jax.set_mesh(mesh)
+        return source.start(Context(mesh, seed, cache_dir, **changes)), scope(mesh)
 
     return begin
 
@@ -270,6 +278,19 @@ def test_a_run_learns_and_repeats_on_any_mesh(tmp_path, cache_dir, objective, ch
     assert found[0][0]["reward"] == found[1][0]["reward"]  # the first rollout; later ones part by rounding
     shown = record.read(tmp_path / "one")
     assert len(shown) == 16 // source.steps * 8 and {"prompt", "response", "reward", "parts"} <= set(shown[0])
+
+
+def test_a_step_can_be_lowered_before_there_are_rollouts():
+    model = replace(letters.MODEL, value_head=True)
+    source = letters.rollouts(advantage=Gae(), kl_penalty=0.1)
+    experiment = letters.experiment(
+        model=model,
+        objective=Ppo(policy=Grpo(beta=0.1)),
+        source=source,
+        frozen={"reference": Init("anywhere")},
+        mesh=MeshSpec(data=2, fsdp=2, tensor=2),
+    )
+    assert "all-reduce" in ahead.lower_step(experiment, jax.devices()).compile().as_text()
 
 
 def test_components_and_summary():
