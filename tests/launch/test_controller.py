@@ -117,10 +117,12 @@ class Mortal(Journal):
         return made
 
 
-def sweep(world, folder, **more):
+def sweep(world, folder, after=None, **more):
     journal = Mortal(folder)
     journal.world = world
-    runs = [Wanted(name, 1.0, lambda name=name: name in world.done) for name in NAMES]
+    runs = [
+        Wanted(name, 1.0, lambda name=name: name in world.done, after=(after or {}).get(name, ())) for name in NAMES
+    ]
     patience = Patience(retries=3, preemptions=1000, troubles=1000, declined=1000, backoff=0.0)
     return Controller(journal, journal.begin({"runs": NAMES}), world, runs, 2, patience, lambda text: None, **more)
 
@@ -148,6 +150,32 @@ def test_whatever_goes_wrong_every_run_is_done_once(tmp_path, seed, packs):
     assert world.there == {} and not any(task.live for task in controller.journal.tasks())
     assert {run.state for run in known.values()} <= {"finished", "failed"}
     assert deaths > 0 or seed > 3
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("seed", range(10))
+def test_what_begins_from_another_run_waits_for_it_and_ends_where_that_failed(tmp_path, seed, packs):
+    """b begins from a, c from b and a; e begins from d, which has a bug."""
+    after = {"b": ("a",), "c": ("b", "a"), "e": ("d-bug",)}
+    world = World(seed, packs)
+    submit = world.submit
+
+    def checked(task):
+        assert all(set(after.get(run, ())) <= world.done for run in task.runs)
+        return submit(task)
+
+    world.submit = checked
+    controller = sweep(world, tmp_path, after)
+    for _ in range(5000):
+        if not controller.step():
+            break
+    else:
+        pytest.fail("it does not end")
+    known = {name: run.state for name, run in controller.states().items()}
+    assert known["d-bug"] == "failed" and known["e"] == "waiting" and "e" not in world.times_done
+    if "a" in world.done and "b" in world.done:
+        assert world.times_done.index("a") < world.times_done.index("b")
+    assert known["b"] in ("finished", "failed") or known["a"] == "failed"
 
 
 def test_two_processes_cannot_begin_the_same_task(tmp_path):
