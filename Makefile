@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3 python; do \
 BIN := .venv/bin
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 
-.PHONY: env demo test sky eval rl slow lint types verify clean
+.PHONY: env demo test sky eval rl grpo-arithmetic grpo-countdown grpo-variants r1 slow lint types verify clean
 
 env: .venv/installed
 
@@ -29,6 +29,10 @@ eval: env
 # reasoning-gym brings one package that is compiled here: it needs a C compiler.
 rl: env
 	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install -q -c constraints.txt -e '.[rl]'
+
+# Studies of post-training; each goes on where it was.
+grpo-arithmetic grpo-countdown grpo-variants r1: env
+	JAX_PLATFORMS=cpu $(BIN)/lab sweep experiments/$(subst -,_,$@).py
 
 slow: env
 	$(PYTEST) -m slow

@@ -5,8 +5,8 @@ Question:  A model that has seen 256 worked sums solves half of others. How far 
            problems without solutions, told right or wrong and no more (GRPO: Shao et al. 2024), and how far by more of
            the same examples?
 Command:   lab sweep experiments/grpo_arithmetic.py
-Hardware:  two CPU cores.
-Expect:    see LOG.md
+Hardware:  two CPU cores, an hour and a quarter.
+Expect:    40% to 53% solved greedily after the cold start, 92% to 97% after GRPO, in 10 to 11 minutes a seed.
 """
 
 from dataclasses import replace

@@ -23,13 +23,14 @@ from research.recipes.graph import stage
 from research.recipes.sampled import Sampled
 from research.rl.rewards.format import Format
 from research.rl.rewards.length import SoftOverlong
-from research.rl.rewards.weighted import Weighted
+from research.rl.rewards.weighted import Gated, Weighted
 from research.scaling.table import Table
 from research.train.experiment import AdamW, Experiment, Init, Steps
 
 GENERAL = sources.PlainText(sources.Stdlib())
 EXAMPLES = arithmetic.examples(256)
-RULES = Weighted({"correct": (1.0, TASK.verifier), "format": (0.1, Format("...=...#..."))})
+FORM = Format("...#...")  # steps, and one answer
+RULES = Weighted({"correct": (1.0, TASK.verifier), "format": (0.1, FORM)})
 SEVERAL = Weighted({**RULES.parts, "brief": (0.2, SoftOverlong(SPEECH.max_tokens, cache=8))})
 SMALL = replace(arithmetic.MODEL, d_model=64, num_layers=3, attention=Attention(num_heads=4), mlp=Mlp(d_ff=176))
 
@@ -51,9 +52,8 @@ def tried(after: str, steps: int, reward: Weighted, **changes) -> Experiment:
 
 def answers(after: str, problems: int) -> Sampled:
     """A stage's right answers to problems that no other stage has seen."""
-    return Sampled(
-        stage(after), TASK, SPEECH, problems=problems, first=1 << 28, samples=4, keep=1, reward=TASK.verifier
-    )
+    readable = Gated(FORM, TASK.verifier)
+    return Sampled(stage(after), TASK, SPEECH, problems=problems, first=1 << 28, samples=4, reward=readable)
 
 
 def sweep() -> dict[str, Experiment]:

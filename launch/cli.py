@@ -124,14 +124,15 @@ def join_hosts(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> int:
     join_hosts(options)
-    from research.recipes import graph
     from research.train import hosts
 
     with hosts.together():
         study = load_study(options)
-        experiment = graph.resolved(study.only(options.only), options.runs / study.name)
+        study.only(options.only)
     from launch import local
-    from launch.sweep import check_corpus
+    from launch.sweep import check_corpus, settled
+
+    experiment = settled(study, options.only, options.runs / study.name)
 
     directory = options.runs / study.name / options.only
     hosts.from_first(lambda: check_corpus(experiment, directory))

@@ -29,6 +29,7 @@ from research.hf.multimodal import language_part
 from research.hf.store import DTYPES, Store, check_empty, writing
 from research.models.bound import Bound
 from research.models.decoder import Decoder
+from research.rl.rollout import Rollouts
 from research.train import checkpoint, weights
 
 CONFIG = "config.json"
@@ -81,7 +82,7 @@ def tokenizer_of(folder: Path, origin: Any) -> Tokenizer | None:
     directory, _ = checkpoint.locate(folder)
     if isinstance(origin, dict):
         return read(directory) if place(directory) else None
-    if not isinstance(origin.source, PackedSource):
+    if not isinstance(origin.source, PackedSource | Rollouts):
         raise UserError(f"{folder} was not trained on text, so that a prompt means nothing to it.")
     tokenizer = origin.source.tokenizer_for(host.cache_dir())
     before = checkpoint.read_item(folder, "data").get("data", {}).get("tokenizer")

@@ -32,7 +32,7 @@ def sweep(study: Study, directory: Path, *, stall_minutes: float = watchdog.MINU
     begun, failed = time.monotonic(), []
     for position, name in enumerate(names, start=1):
         try:
-            experiment = graph.resolved(study.experiments[name], directory)
+            experiment = settled(study, name, directory)
         except graph.Waiting as error:  # what it begins from has failed
             failed.append(name)
             say(f"[{position}/{len(names)}] {name}: {error}")
@@ -61,6 +61,21 @@ def sweep(study: Study, directory: Path, *, stall_minutes: float = watchdog.MINU
     if study.analyze is not None and writes:
         analyze(study, directory)
     return 1 if failed else 0
+
+
+def settled(study: Study, name: str, directory: Path) -> Experiment:
+    """A run with what it begins from, as the first host sees it. Raises ``graph.Waiting``."""
+    told = hosts.from_first(lambda: _outputs(study, name, directory))
+    if isinstance(told, str):
+        raise graph.Waiting(told)
+    return graph.filled(study.only(name), directory, told)
+
+
+def _outputs(study: Study, name: str, directory: Path) -> dict[str, str] | str:
+    try:
+        return graph.outputs(study.only(name), directory, study.experiments)
+    except graph.Waiting as error:
+        return str(error)
 
 
 def check_not_submitted(directory: Path) -> None:

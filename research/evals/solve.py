@@ -41,11 +41,17 @@ class Solve:
                 f"Solve needs at least one problem, and greedy responses or samples; given {self.problems}, "
                 f"{self.greedy} and {self.samples}."
             )
+        if not self.temperature > 0:
+            raise UserError(f"Solve's temperature is of its samples, above 0; given {self.temperature}: set greedy.")
 
     def start(self, context: Context) -> EvalRun:
         size = self.task.size
         count = self.problems if size is None else min(self.problems, size)
         problems = [self.task.problem(self.split, index) for index in range(count)]
+
+        asked = Speaker(self.speech, cache_dir=context.cache_dir)
+        for problem in problems:
+            asked.prompt(problem)  # a prompt that is too long is told before the run, not at its end
 
         def run(policy: Bound, step: int) -> Metrics:
             found: Metrics = {}

@@ -185,11 +185,17 @@ def drawn(keys_B: Array, log_probs_BV: Array) -> Array:
 
 
 def _inverted(weights_BN: Array, uniform_B: Array) -> Array:
-    """The first place [B] where the running sum of weights is beyond ``uniform`` of their sum: of weight 0, never."""
+    """The first place [B] where the running sum of weights is beyond ``uniform`` of their sum: of weight 0, never.
+
+    Sums that are formed in parallel may step up where there is no weight, or down where there is.
+    """
+    some_BN = weights_BN > 0
     sums_BN = jnp.cumsum(weights_BN, axis=-1)
     total_B = sums_BN[:, -1]
     target_B = jnp.minimum(uniform_B * total_B, jnp.nextafter(total_B, jnp.zeros_like(total_B)))
-    return jnp.argmax(sums_BN > target_B[:, None], axis=-1)
+    beyond_BN = (sums_BN > target_B[:, None]) & some_BN
+    last_B = weights_BN.shape[-1] - 1 - jnp.argmax(some_BN[:, ::-1], axis=-1)
+    return jnp.where(jnp.any(beyond_BN, axis=-1), jnp.argmax(beyond_BN, axis=-1), last_B)
 
 
 def sampling(

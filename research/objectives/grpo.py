@@ -39,10 +39,10 @@ class Clip:
     form: Literal["minimum", "weight", "none"] = "minimum"
 
     def __post_init__(self) -> None:
-        if not (0 <= self.low <= 1 and self.high >= 0) or (self.dual and self.dual <= 1):
+        if not (0 <= self.low <= 1 and self.high >= 0) or (self.dual and self.dual <= 1 + self.high):
             raise UserError(
-                f"Clip needs low from 0 to 1, high of at least 0 and dual above 1 (or 0: none); given {self.low}, "
-                f"{self.high} and {self.dual}."
+                "Clip needs low from 0 to 1, high of at least 0 and dual above 1 + high (or 0: none); given "
+                f"{self.low}, {self.high} and {self.dual}."
             )
         if self.dual and self.form != "minimum":
             raise UserError(f"Clip's dual bound goes with form='minimum'; given {self.form!r}: set dual to 0.")
@@ -64,6 +64,8 @@ class Grpo:
     importance_cap: old / sampler, at most this, weighs each token: for a sampler that is not the policy of the first
         inner epoch (Yao et al. 2025, truncated importance sampling); 0: no such weight. It needs old_log_probs.
     entropy: of the policy, rewarded by so much.
+    Metrics: sampler_gap is |trainer - sampler| of log-probabilities, of the policy before the first epoch where its own
+    are there; approximate_kl is how far the policy has moved since, KL(old, policy).
     chunk: tokens that the head takes at a time.
     """
 
@@ -92,7 +94,7 @@ class Grpo:
         mask_BC = batch["weights"].astype(jnp.float32)
         log_probs_BC, advantages_BC = found.log_probs, batch["advantages"]
         old_BC = batch.get("old_log_probs", batch["sampler_log_probs"])
-        log_ratio_BC = jnp.where(mask_BC > 0, log_probs_BC - old_BC, 0.0)
+        moved_BC = log_ratio_BC = jnp.where(mask_BC > 0, log_probs_BC - old_BC, 0.0)
         if self.ratio == "sequence":
             lengths_B1 = jnp.maximum(jnp.sum(mask_BC, axis=1, keepdims=True), 1.0)
             log_ratio_BC = jnp.broadcast_to(jnp.sum(log_ratio_BC, axis=1, keepdims=True) / lengths_B1, mask_BC.shape)
@@ -103,15 +105,15 @@ class Grpo:
             objective_BC *= jnp.minimum(off_BC, self.importance_cap)
         total = jnp.sum(mask_BC)
         terms = {"policy": Term(-1.0, self._normalised(objective_BC, mask_BC)), **output.aux}
-        gap_BC = jnp.abs(log_probs_BC - batch["sampler_log_probs"])
+        gap_BC = jnp.abs(batch.get("old_log_probs", log_probs_BC) - batch["sampler_log_probs"])
         metrics = {
             "entropy": WeightedSum(jnp.sum(found.entropy * mask_BC), total),
             "clipped": WeightedSum(jnp.sum(clipped_BC * mask_BC), total),
             "sampler_gap": WeightedSum(jnp.sum(gap_BC * mask_BC), total),
-            "approximate_kl": WeightedSum(jnp.sum(_k3(-log_ratio_BC) * mask_BC), total),
+            "approximate_kl": WeightedSum(jnp.sum(_k3(moved_BC) * mask_BC), total),
         }
         if self.beta:
-            estimate_BC = self._kl(log_probs_BC, self._reference(frozen, batch))
+            estimate_BC = estimated_kl(self.kl, log_probs_BC, self._reference(frozen, batch))
             terms["kl"] = Term(self.beta, self._normalised(estimate_BC, mask_BC))
             metrics["kl"] = WeightedSum(jnp.sum(estimate_BC * mask_BC), total)
         if self.entropy:
@@ -135,10 +137,6 @@ class Grpo:
         lengths_B = jnp.maximum(jnp.sum(mask_BC, axis=1), 1.0)
         return WeightedSum(jnp.sum(jnp.sum(masked_BC, axis=1) / lengths_B), responses)
 
-    def _kl(self, log_probs_BC: Array, reference_BC: Array) -> Array:
-        d_BC = reference_BC - log_probs_BC
-        return {"k1": lambda: -d_BC, "k2": lambda: jnp.square(d_BC) / 2, "k3": lambda: _k3(d_BC)}[self.kl]()
-
     def _reference(self, frozen: Mapping[str, Policy], batch: Batch) -> Array:
         if "reference_log_probs" in batch:
             return batch["reference_log_probs"]
@@ -151,6 +149,12 @@ class Grpo:
         return jax.lax.stop_gradient(
             response_log_probs(reference, reference.forward(batch), batch, self.chunk).log_probs
         )
+
+
+def estimated_kl(kind: Literal["k1", "k2", "k3"], log_probs: Array, reference: Array) -> Array:
+    """Of each token, an estimate of KL(policy, reference) from a draw of the policy (Schulman 2020; see ``Grpo``)."""
+    d = reference - log_probs
+    return {"k1": lambda: -d, "k2": lambda: jnp.square(d) / 2, "k3": lambda: _k3(d)}[kind]()
 
 
 def response_log_probs(policy: Policy, output: Output, batch: Batch, chunk: int) -> TokenLogProbs:

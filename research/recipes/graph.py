@@ -63,10 +63,36 @@ def order(experiments: Mapping[str, Experiment]) -> list[str]:
     return found
 
 
-def resolved(experiment: Experiment, directory: Path) -> Experiment:
+def resolved(experiment: Experiment, directory: Path, stages: Mapping[str, Experiment] | None = None) -> Experiment:
     """The experiment with what its inputs have left under ``directory``, a folder for each. Raises Waiting for one that
-    is not finished."""
-    return mapped(lambda part: _resolved(part, directory), experiment)
+    is not finished, or, where the study's stages are given, that was finished with other settings than it has now."""
+    return filled(experiment, directory, outputs(experiment, directory, stages))
+
+
+def outputs(experiment: Experiment, directory: Path, stages: Mapping[str, Experiment] | None = None) -> dict[str, str]:
+    """The content hash of the weights of each of its inputs. Raises Waiting."""
+    contents = {}
+    for name in inputs(experiment):
+        result = read_json(directory / name / RESULT)
+        if result is None or "weights" not in result:
+            raise Waiting(f"It begins from the stage {name!r}, which is not finished: run that first.")
+        if stages is not None and result.get("hash") != resolved(stages[name], directory, stages).hash:
+            raise Waiting(
+                f"It begins from the stage {name!r}, which was finished with other settings than it has now: remove "
+                f"{directory / name} to run it again."
+            )
+        contents[name] = result["weights"]
+    return contents
+
+
+def filled(experiment: Experiment, directory: Path, contents: Mapping[str, str]) -> Experiment:
+    """The experiment with the paths and contents of its inputs."""
+
+    def fill(part: Any) -> Any:
+        name = _stage_of(part)
+        return part if name is None else replace(part, checkpoint=str(directory / name), content=contents[name])
+
+    return mapped(fill, experiment)
 
 
 def as_far_as_known(experiment: Experiment, directory: Path) -> Experiment:
@@ -75,15 +101,6 @@ def as_far_as_known(experiment: Experiment, directory: Path) -> Experiment:
         return resolved(experiment, directory)
     except Waiting:
         return experiment
-
-
-def _resolved(part: Any, directory: Path) -> Any:
-    if (name := _stage_of(part)) is None:
-        return part
-    result = read_json(directory / name / RESULT)
-    if result is None or "weights" not in result:
-        raise Waiting(f"It begins from the stage {name!r}, which is not finished: run that first.")
-    return replace(part, checkpoint=str(directory / name), content=result["weights"])
 
 
 def _stage_of(part: Any) -> str | None:

@@ -19,6 +19,7 @@ from research.train import metrics
 from research.train.loop import RESULT
 
 COLOURS = (canvas.BLUE, canvas.VERMILION, canvas.GREEN, canvas.ORANGE, canvas.SKY, canvas.BLACK)
+LINES = ("-", "--", ":")
 PANELS = (
     ("{name}/greedy", "held-out problems solved greedily", 1.0),
     ("reward", "mean reward of a rollout", None),
@@ -65,13 +66,22 @@ def _panel(
     kinds: Mapping[str, Sequence[str]], lines: Mapping[str, Any], key: str, label: str, top: float | None
 ) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
-        for colour, (kind, runs) in zip(COLOURS, kinds.items(), strict=False):
+        for number, (kind, runs) in enumerate(kinds.items()):
+            colour, line = COLOURS[number % len(COLOURS)], LINES[number // len(COLOURS) % len(LINES)]
             shown = kind
             for run in runs:
                 points = [(line["seconds"], line[key]) for line in _timed(lines.get(run, ())) if key in line]
                 if points:
                     x, y = zip(*points, strict=True)
-                    axes.plot([s / 60 for s in x], y, color=colour, alpha=0.75, label=shown, marker="." * (len(x) < 30))
+                    axes.plot(
+                        [s / 60 for s in x],
+                        y,
+                        color=colour,
+                        ls=line,
+                        alpha=0.75,
+                        label=shown,
+                        marker="." * (len(x) < 30),
+                    )
                     shown = None
         axes.set(xlabel="minutes", title=label, ylim=(0, None) if top is None else (0, top))
         if axes.get_legend_handles_labels()[0]:

@@ -102,7 +102,9 @@ class _Model:
         with jax.set_mesh(mesh):
             if self._policy is None:
                 found = weights.describe(corpus.checkpoint)
-                self._policy = weights.load(corpus.checkpoint, found.model, found.precision, mesh)
+                self._policy = weights.load(
+                    corpus.checkpoint, found.model, found.precision, mesh, wanted=corpus.content
+                )
             seeds = (corpus.seed, "sampled", split, chosen.start)
             answers = list(self.speaker.ask(self._policy, problems, samples=corpus.samples, seeds=seeds))
         for number, problem in enumerate(problems):

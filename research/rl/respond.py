@@ -15,7 +15,7 @@ from research.data.sources import Corpus
 from research.data.tokenizers import Tokenizer, TokenizerSpec, train_tokenizer
 from research.evals.tasks.base import Problem, Response
 from research.infer.engine import Engine, Request, Result
-from research.infer.generate import Settings
+from research.infer.generate import Settings, bucket
 from research.infer.sampling import sampling
 from research.models.bound import Bound
 
@@ -96,8 +96,9 @@ class Speaker:
             for number, problem in enumerate(problems)
         ]
         length = self.speech.prompt_length + self.speech.max_tokens
-        count = min(self.slots or len(requests) * samples, len(requests) * samples)
-        engine = Engine(policy.module.config, slots=max(1, count), settings=self.settings, length=length)
+        asked = bucket(len(requests) * samples, least=1)  # few sizes: each is a program of its own
+        slots = min(self.slots or asked, asked)
+        engine = Engine(policy.module.config, slots=slots, settings=self.settings, length=length)
         for result in engine.run(policy, requests):
             yield Answer(result.request, result.sample, result.tokens, result.log_probs, self.response(result))
 

@@ -26,10 +26,11 @@ from research.core.sharding import (
 )
 from research.core.types import Batch, Context, Metrics, UserError
 from research.data.packing import order
+from research.data.tokenizers import Tokenizer
 from research.evals.tasks.base import Reward, Task
 from research.models.bound import Bound
-from research.objectives.grpo import REFERENCE
-from research.rl.advantages import Advantage, Gae, GroupRelative, Rewarded
+from research.objectives.grpo import REFERENCE, estimated_kl
+from research.rl.advantages import Advantage, Gae, GroupRelative, LeaveOneOut, Rewarded
 from research.rl.groups import Group, agreed, graded, grouped, records, summary
 from research.rl.groups import rows as assembled
 from research.rl.record import Samples, pack, unpack
@@ -48,12 +49,13 @@ class Rollouts:
     reward: what responses are worth; None: the task's verifier. learned: what models give besides, by their weights.
     advantage: how rewards become advantages (``research.rl.advantages``).
     epochs, minibatches: how often a rollout is gone through, in how many steps each time.
-    staleness: rollouts that the sampler lags behind: with 1, the next is sampled while this one is trained on.
+    staleness: rollouts that the sampler lags behind: with 1, the next is sampled while this one is trained on (on one
+        device; on several, before it).
     rounds: with more than 1, groups whose rewards are all equal are drawn again from further problems, so many times
         at most (dynamic sampling: Yu et al. 2025, section 3.2).
     overlong: responses that were cut off are learnt from ("train") or not ("mask", overlong filtering: section 3.4).
-    kl_penalty: times log(policy / reference) of each token is taken off the reward ("k1" in the reward); the reference
-        is the frozen model "reference".
+    kl_penalty, kl: times that estimate (``research.objectives.grpo.Grpo``) of each token's KL from the frozen model
+        "reference" is taken off the reward.
     rescore: the policy's own log-probabilities are computed before the first epoch, for ``Grpo.importance_cap``.
     generation: a mesh of its own for sampling, over the same devices.
     slots: sequences sampled at a time; 0: all. workers: threads that score. recorded: groups of each rollout whose
@@ -74,6 +76,7 @@ class Rollouts:
     rounds: int = 1
     overlong: Literal["train", "mask"] = "train"
     kl_penalty: float = 0.0
+    kl: Literal["k1", "k2", "k3"] = "k1"
     rescore: bool = False
     generation: MeshSpec | None = None
     slots: int = 0
@@ -97,8 +100,10 @@ class Rollouts:
                 f"A rollout's temperature must be above 0 and its kl_penalty at least 0; given {self.temperature} and "
                 f"{self.kl_penalty}: a greedy choice has nothing to learn from."
             )
-        if self.rounds > 1 and self.samples < 2:
-            raise UserError("Drawing again compares the responses to one prompt: set samples to at least 2.")
+        if self.samples < 2 and (self.rounds > 1 or isinstance(self.advantage, GroupRelative | LeaveOneOut)):
+            raise UserError(
+                f"The responses to one prompt are compared, and source.samples is {self.samples}: set it to at least 2."
+            )
 
     @property
     def batch_size(self) -> int:
@@ -118,15 +123,18 @@ class Rollouts:
         """Whether the policy's own log-probabilities or values are computed."""
         return self.rescore or self.kl_penalty > 0 or self.advantage.uses_values
 
+    def tokenizer_for(self, cache_dir: Path) -> Tokenizer:
+        return self.speech.tokenizer_for(cache_dir)
+
     def vocab_size(self, cache_dir: Path) -> int:
-        return self.speech.tokenizer_for(cache_dir).vocab_size
+        return self.tokenizer_for(cache_dir).vocab_size
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         rows, length = self.batch_size, self.speech.max_tokens
         given = {"tokens", "positions", "segment_ids"}
         ids = {name: jax.ShapeDtypeStruct((rows, self.sequence_length), np.int32) for name in sorted(given)}
         names = ["weights", "advantages", "sampler_log_probs", "temperature"]
-        names += ["old_log_probs"] if self.scored else []
+        names += ["old_log_probs"] if self.rescore else []
         names += ["values", "returns"] if self.advantage.uses_values else []
         numbers = dict.fromkeys(names, jax.ShapeDtypeStruct((rows, length), np.float32))
         targets = jax.ShapeDtypeStruct((rows, length), np.int32)
@@ -194,7 +202,7 @@ class RolloutStream:
                     self._held[wanted] = self._sampled(policy, wanted, step)
             fresh = self._settled(number)
             if "rewards" in fresh.rows:  # else this step was drawn before
-                self._held[number] = fresh._replace(rows=self._compared(policy, fresh.rows))
+                self._held[number] = fresh._replace(rows=self._compared(policy, fresh.rows, fresh.report))
                 self._samples.write(step + 1, fresh.records)
         rollout = self._settled(number)
         self._report = {**rollout.report, "staleness": step - rollout.sampled, "seconds/training": trained}
@@ -235,8 +243,9 @@ class RolloutStream:
         return rollout
 
     def _sampled(self, policy: Bound, number: int, step: int) -> Rollout | Future[Rollout]:
-        """Beside the training where it may lag behind; several hosts must do all things in one order."""
-        if self.source.staleness == 0 or jax.process_count() > 1:
+        """Beside the training where it may lag behind; several devices must be given all programs in one order, as else
+        each may wait for the others in another one."""
+        if self.source.staleness == 0 or self.context.mesh.size > 1:
             return self._rollout(policy, number, step)
         return self._sampler.submit(self._rollout, jax.tree.map(jax.numpy.copy, policy), number, step)
 
@@ -291,15 +300,17 @@ class RolloutStream:
         epoch, place = divmod(number, size)
         return int(order(size, seed=self.context.seed, epoch=epoch)[place])
 
-    def _compared(self, policy: Bound, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Rows with advantages, by the policy that they are first learnt from by."""
+    def _compared(self, policy: Bound, rows: Mapping[str, np.ndarray], report: Metrics) -> dict[str, np.ndarray]:
+        """Rows with advantages, by the policy that first learns from them; adds to the report."""
         source, rows = self.source, dict(rows)
         mask, rewards, finished = rows["weights"], rows.pop("rewards"), rows.pop("finished")
         by_group = (source.prompts, source.samples, source.speech.max_tokens)
         found = self._scores(policy, rows) if source.scored else {}
         penalties = np.zeros(mask.shape)
         if source.kl_penalty:
-            penalties = source.kl_penalty * (found["old_log_probs"] - found.pop("reference_log_probs"))
+            estimate = np.asarray(estimated_kl(source.kl, found["old_log_probs"], found.pop("reference_log_probs")))
+            penalties = source.kl_penalty * estimate
+            report["kl"] = float((estimate * mask).sum() / max(1.0, mask.sum()))
         values = found["values"].reshape(by_group) if source.advantage.uses_values else None
         given = Rewarded(rewards.reshape(by_group[:2]), mask.reshape(by_group), penalties.reshape(by_group), values)
         rows["advantages"] = source.advantage(given).reshape(mask.shape)
@@ -307,6 +318,8 @@ class RolloutStream:
             rows["returns"] = source.advantage.plain(given).reshape(mask.shape) + found["values"]
         if source.overlong == "mask":
             rows["weights"] = mask * finished[:, None]
+        if not source.rescore:
+            found.pop("old_log_probs", None)  # the ratio is to what was sampled from
         return rows | found
 
     def _scores(self, policy: Bound, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -50,8 +50,16 @@ def steps_in(folder: Path) -> list[int]:
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two experiments' JSON, apart from what only says where or how it is watched."""
-    old, new = ({k: v for k, v in record.items() if k not in WATCHING} for record in (saved, now))
+    old, new = (_placeless({k: v for k, v in record.items() if k not in WATCHING}) for record in (saved, now))
     return config.differences(config.short_types(old), config.short_types(new))
+
+
+def _placeless(record: Any) -> Any:
+    """A record without the paths of weights whose content hash it has."""
+    if isinstance(record, Mapping):
+        kept = {k: v for k, v in record.items() if not (k == "checkpoint" and record.get("content"))}
+        return {k: _placeless(v) for k, v in kept.items()}
+    return [_placeless(v) for v in record] if isinstance(record, list) else record
 
 
 def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
@@ -183,6 +191,11 @@ class Checkpointer:
     def remote(self) -> bool:
         """Whether they go to a bucket, which all hosts share."""
         return is_remote(self._folder)
+
+    @property
+    def home(self) -> Path:
+        """The folder that stands for the run where a checkpoint is asked for."""
+        return self._folder.parent
 
     def steps(self) -> list[int]:
         """Of the whole ones, oldest first."""

@@ -76,7 +76,7 @@ def run(experiment: Experiment, directory: Path, options: Options) -> dict[str, 
                 )  # fmt: skip
                 with monitor, Interrupt() as interrupt:
                     train(program, state, stream, evals, checkpoints, monitor, interrupt)
-                    result = hosts.from_first(lambda: finish(experiment, directory, stream))
+                    result = hosts.from_first(lambda: finish(experiment, directory, stream, checkpoints.home))
     if (signum := interrupt.asked_last()) is not None:  # during the last step: the run is done, its caller is to stop
         raise Interrupted(experiment.name, step=experiment.steps, signum=signum)
     return result
@@ -144,8 +144,9 @@ def is_due(every: int, now: int, total: int) -> bool:
     return now == total or (every > 0 and now % every == 0)
 
 
-def finish(experiment: Experiment, directory: Path, stream: Stream) -> dict[str, Any]:
-    """Gathers what the last step's lines of metrics say into the run's result, and writes it."""
+def finish(experiment: Experiment, directory: Path, stream: Stream, home: Path) -> dict[str, Any]:
+    """Gathers what the last step's lines of metrics say into the run's result, and writes it.
+    home: the folder that its checkpoints lie in."""
     last: dict[str, Any] = {}
     for line in metrics.read(directory):
         if line["step"] == experiment.steps:
@@ -171,7 +172,7 @@ def finish(experiment: Experiment, directory: Path, stream: Stream) -> dict[str,
         "seconds": last.get("seconds"),
         "metrics": {name: value for name, value in last.items() if not isinstance(value, list)},
         "data": stream.info,
-        "weights": weights.content(directory),
+        "weights": weights.content(home),
     }
     write_json(directory / RESULT, result)
     return result

@@ -57,12 +57,8 @@ class Program:
     def load(self, init: Init) -> Bound:
         """A model with its parameters and buffers from a checkpoint, of a run or of an import. Raises CheckpointError
         where its weights are not those that were meant."""
-        if init.content and (found := weights.content(init.checkpoint)) != init.content:
-            raise checkpoint.CheckpointError(
-                f"The weights in {init.checkpoint} have the content hash {found}, and {init.content} is wanted: put "
-                "those back, or begin anew from these."
-            )
-        return weights.load(init.checkpoint, init.model or self.experiment.model, self.experiment.precision, self.mesh)
+        model, precision = init.model or self.experiment.model, self.experiment.precision
+        return weights.load(init.checkpoint, model, precision, self.mesh, wanted=init.content)
 
 
 def first_state(program: Program, checkpoints: checkpoint.Checkpointer, stream: Stream) -> TrainState:

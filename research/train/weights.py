@@ -48,9 +48,15 @@ def describe(path: str | os.PathLike) -> Described:
     return Described(experiment.model, experiment.precision, experiment)
 
 
-def load(path: str | os.PathLike, model: Decoder, precision: Precision, mesh: Mesh) -> Bound:
+def load(path: str | os.PathLike, model: Decoder, precision: Precision, mesh: Mesh, *, wanted: str = "") -> Bound:
     """The model with a checkpoint's parameters, and the buffers that belong to them, laid out over the mesh. Raises
-    CheckpointError saying in what the checkpoint's own model differs, where it does not fit."""
+    CheckpointError saying in what the checkpoint's own model differs, where it does not fit, and where its content hash
+    is not the one that is wanted, if one is."""
+    if wanted and (found := content(path)) != wanted:
+        raise CheckpointError(
+            f"The weights in {path} have the content hash {found}, and {wanted} is wanted: put those back, or begin "
+            "anew from these."
+        )
     shapes = model.shapes(precision)
     try:
         own = describe(path).model

@@ -9,7 +9,18 @@ from scipy import stats
 
 from research.core.types import UserError
 from research.infer import sampling
-from research.infer.sampling import Allowed, Below, MinP, RepetitionPenalty, Sampling, Temperature, TopK, TopP
+from research.infer.sampling import (
+    NEVER,
+    Allowed,
+    Below,
+    MinP,
+    RepetitionPenalty,
+    Sampling,
+    Temperature,
+    TopK,
+    TopP,
+    drawn,
+)
 
 LOGITS = np.array([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0], [0.0, 0.0, 3.0, -2.0, 1.0, 1.0]], np.float32)
 
@@ -97,3 +108,18 @@ def test_the_usual_settings_in_the_usual_order():
 def test_settings_that_mean_nothing_are_refused(make, words):
     with pytest.raises(UserError, match=words):
         make()
+
+
+@pytest.mark.parametrize("size", [2, 264, 400, 511, 1000, 50_000])
+def test_what_has_no_weight_is_never_drawn(size):
+    """Running sums formed in parallel may step up where there is none: three ids have weight, at ends and inside."""
+    rows, ids = 2000, sorted({0, size // 3, size - 1})
+    log_probs = np.full((rows, size), NEVER, np.float32)
+    log_probs[:, ids] = -np.log(len(ids))
+    keys = jax.random.split(jax.random.key(size), rows)
+    found = np.bincount(np.asarray(jax.jit(drawn)(keys, log_probs)), minlength=size)
+    assert found.sum() == rows == found[ids].sum() and found[ids].min() > rows / len(ids) * 0.85
+    rng = np.random.default_rng(size)
+    spread = jax.nn.log_softmax(jnp.where(rng.random((rows, size)) < 0.5, rng.normal(size=(rows, size)), NEVER))
+    chosen = np.asarray(jax.jit(drawn)(keys, spread))
+    assert np.asarray(spread)[np.arange(rows), chosen].min() > -100

@@ -17,7 +17,7 @@ import pytest
 from research.core.sharding import MeshSpec, make_mesh
 from research.core.types import Context, Precision, UserError
 from research.data.chat import ChatTemplate
-from research.objectives.grpo import Clip, Grpo
+from research.objectives.grpo import Clip, Grpo, response_log_probs
 from research.objectives.ppo import Ppo
 from research.rl import record
 from research.rl.advantages import BatchNormalised, Gae, GroupRelative, LeaveOneOut
@@ -208,7 +208,8 @@ def test_penalties_values_and_rescoring_come_from_the_models(start):
     model = replace(letters.MODEL, value_head=True)
     bound, other = policy(0, model), policy(5, model)
     bound = replace(bound, params={**bound.params, "value": jax.tree.map(lambda w: w + 0.1, bound.params["value"])})
-    source = letters.rollouts(advantage=Gae(whiten=False), kl_penalty=0.3)
+    source = letters.rollouts(advantage=Gae(whiten=False), kl_penalty=0.3, rescore=True)
+    assert "old_log_probs" not in replace(source, rescore=False).batch_shapes()  # the ratio is to the sampler
     stream, mesh = start(source, frozen={"reference": other})
     with mesh:
         batch = stream.next(bound, 0)
@@ -217,6 +218,12 @@ def test_penalties_values_and_rescoring_come_from_the_models(start):
     real = rows["weights"] > 0
     np.testing.assert_allclose(rows["old_log_probs"][real], rows["sampler_log_probs"][real], atol=2e-5)
     np.testing.assert_allclose((rows["advantages"] + rows["values"])[real], rows["returns"][real], atol=1e-5)
+    assert set(rows) == set(source.batch_shapes())
+    k1 = (
+        rows["old_log_probs"][real]
+        - np.asarray(response_log_probs(other, other.forward(rows), rows, 0).log_probs)[real]
+    )
+    assert abs(stream.report()["kl"] - k1.mean()) < 1e-4
     assert np.abs(rows["values"][real]).min() > 0 and float(loss.metrics["value"].mean) != 0
     with pytest.raises(UserError, match="frozen model 'reference'"):
         start(source)
