@@ -11,6 +11,7 @@ from research.core.types import Metrics
 from research.evals.tasks.base import Problem, Response, Reward
 from research.rl.advantages import is_equal
 from research.rl.respond import Answer, Speaker
+from research.rl.rewards.weighted import Weighted
 
 TOTAL = ""  # the name of a response's whole reward among its parts
 CORRECT = "correct"  # of the part that tells right from wrong
@@ -37,12 +38,11 @@ class Group(NamedTuple):
 
 def graded(reward: Reward, problem: Problem, response: Response) -> dict[str, float]:
     """A response's reward, and its parts by name; a reward without parts is its own."""
-    weighted = getattr(reward, "parts", None)
-    if weighted is None:
-        value = float(reward.score(problem, response))
-        return {TOTAL: value, CORRECT: value}
-    values = {name: float(part.score(problem, response)) for name, (_, part) in weighted.items()}
-    return {TOTAL: sum(weight * values[name] for name, (weight, _) in weighted.items()), **values}
+    if isinstance(reward, Weighted):
+        values = reward.components(problem, response)
+        return {TOTAL: reward.total(values), **values}
+    value = float(reward.score(problem, response))
+    return {TOTAL: value, CORRECT: value}
 
 
 def grouped(problems: Sequence[Problem], answers: Sequence[Answer], grades: Sequence[dict[str, float]]) -> list[Group]:

@@ -46,7 +46,8 @@ class Rollouts:
     """Responses of the policy in training to a task's problems, with advantages: batches for ``Grpo``.
 
     prompts, samples: groups of a rollout, and responses to each. temperature: of the sampler; the loss uses it too.
-    reward: what responses are worth; None: the task's verifier. learned: what models give besides, by their weights.
+    reward: what responses are worth; None: the task's verifier. learned: what models give besides, by their weights;
+        whether a group is drawn again, and what samples.jsonl says, go by ``reward`` alone.
     advantage: how rewards become advantages (``research.rl.advantages``).
     epochs, minibatches: how often a rollout is gone through, in how many steps each time.
     staleness: rollouts that the sampler lags behind: with 1, the next is sampled while this one is trained on (on one

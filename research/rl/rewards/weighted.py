@@ -21,11 +21,14 @@ class Weighted:
 
     def components(self, problem: Problem, response: Response) -> dict[str, float]:
         """What each part gives, before its weight."""
-        return {name: reward.score(problem, response) for name, (_, reward) in self.parts.items()}
+        return {name: float(reward.score(problem, response)) for name, (_, reward) in self.parts.items()}
+
+    def total(self, components: Mapping[str, float]) -> float:
+        """What they are worth together."""
+        return math.fsum(weight * components[name] for name, (weight, _) in self.parts.items())
 
     def score(self, problem: Problem, response: Response) -> float:
-        found = self.components(problem, response)
-        return math.fsum(weight * found[name] for name, (weight, _) in self.parts.items())
+        return self.total(self.components(problem, response))
 
 
 @dataclass(frozen=True)
