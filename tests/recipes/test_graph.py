@@ -56,7 +56,9 @@ def test_a_sweep_runs_stages_in_order_and_does_again_what_has_other_inputs(tmp_p
     changed = {**experiments, "first": replace(experiments["first"], seed=7)}
     assert collect.status(changed["second"], moved / "second")[0] == "changed"
     assert sweeps.sweep(Study("graph", "graph.py", changed, None), moved) == 1  # nothing is overwritten
-    assert capsys.readouterr().err.count("was begun with other settings") == 2
+    told = capsys.readouterr().err
+    assert f"second: {moved / 'second'} was begun with other settings (init.content" in told
+    assert "third: It begins from the stage 'second', which was finished with other settings than it has now" in told
     with pytest.raises(CheckpointError, match="is wanted"):
         tiny_run = replace(changed["second"], init=replace(given, checkpoint=str(moved / "first")))
         sweeps.local.run(tiny_run, tmp_path / "other")

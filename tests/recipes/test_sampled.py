@@ -34,7 +34,7 @@ def trained(tmp_path_factory):
 
 def corpus(trained, **changes):
     made = Sampled(
-        str(trained / "rl"), letters.Letters(), letters.SPEECH, problems=80, validation_problems=16, samples=4
+        str(trained / "rl"), letters.Letters(), letters.SPEECH, problems=80, validation_problems=16, samples=16
     )
     return replace(made, **changes)
 
@@ -83,7 +83,7 @@ def test_its_fingerprint_is_that_of_the_weights_wherever_they_lie(trained, tmp_p
 
 def test_a_stage_learns_from_another_ones_answers(trained, tmp_path):
     source = ChatSource(
-        corpus=corpus(trained, checkpoint=stage("rl")),
+        corpus=corpus(trained, checkpoint=stage("rl"), validation_problems=80, least=0.0),
         tokenizer=Bytes(),
         template=PLAIN,
         batch_size=8,

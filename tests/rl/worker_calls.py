@@ -53,7 +53,7 @@ def never_back_to_python():
 def hoard():
     kept = []
     while True:
-        kept.append(bytearray(1 << 24))
+        kept.append(bytearray(1 << 28))
 
 
 def crash():

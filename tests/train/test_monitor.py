@@ -77,8 +77,8 @@ def train(monitor, log, **changes):
         return SimpleNamespace(step=state.step + 1), measured(state.step + 1, log)
 
     experiment = replace(monitor.experiment, **changes)
-    program = SimpleNamespace(experiment=experiment, step=step, bind=lambda state: None)
-    stream = SimpleNamespace(next=lambda policy, index: {}, get_state=lambda: {})
+    program = SimpleNamespace(experiment=experiment, step=step, bind=lambda state: None, frozen={})
+    stream = SimpleNamespace(next=lambda policy, index: {}, get_state=lambda: {}, report=lambda: {})
     store = SimpleNamespace(save=lambda step, *rest: log.append(f"save {step}"), wait=lambda: None)
     loop.train(program, SimpleNamespace(step=0), stream, [], store, monitor, Interrupt())
 
