@@ -17,7 +17,6 @@ import subprocess
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -93,7 +92,7 @@ Timed(model, args=settings, **how).train()
 class Arbitrary:
     """Random bytes as prompts; a response is worth what tells those to one prompt apart."""
 
-    size: ClassVar[None] = None
+    def size(self, split: str) -> None: ...
 
     @property
     def verifier(self) -> "Arbitrary":
@@ -112,7 +111,7 @@ class Endless(ChatTemplate):
     """A template none of whose ends is ever drawn."""
 
     def stop(self, tokenizer) -> tuple[int, ...]:
-        return super().stop(tokenizer) if tokenizer is None else (MODEL.vocab_size + 1,)
+        return (MODEL.vocab_size + 1,)
 
 
 class Ours:

@@ -5,6 +5,7 @@ Markers and what people write are encoded apart, so that no token spans the two:
 (``prompt``) is the beginning of what it was trained on (``encode``), token for token.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class ChatTemplate:
     def prompt(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> np.ndarray:
         """[T] int32: the messages, up to where the assistant goes on; the tokenizer's prefix (BOS) first."""
         self.check((*messages, Message("assistant", "")))
-        bound = _Bound(self, tokenizer)
+        bound = _bound(self, tokenizer)
         parts = bound.parts(messages) + [bound.between] * bool(messages) + [bound.markers["assistant"]]
         return bound.encoded([parts])[0].ids
 
@@ -90,7 +91,7 @@ class ChatTemplate:
 
     def encode_batch(self, tokenizer: Tokenizer, conversations: Iterable[Sequence[Message]]) -> list[Encoded]:
         """``encode`` of each conversation; several cores where the tokenizer has them."""
-        bound, found = _Bound(self, tokenizer), []
+        bound, found = _bound(self, tokenizer), []
         for messages in conversations:
             self.check(messages)
             if not any(message.role in ("assistant", TEXT) for message in messages):
@@ -210,6 +211,12 @@ class _Bound:
         cuts = [0, *sorted({start.start() + 1 for start in starts}), len(text)]
         pieces = [text[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True) if a < b]
         return np.concatenate(self.tokenizer.encode_batch(pieces))
+
+
+@functools.lru_cache(maxsize=8)
+def _bound(template: ChatTemplate, tokenizer: Tokenizer) -> _Bound:
+    """Kept, as a prompt is asked for thousands of times."""
+    return _Bound(template, tokenizer)
 
 
 def _ids(ids: Sequence[int]) -> np.ndarray:

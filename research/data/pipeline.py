@@ -6,6 +6,7 @@ number into (corpus, epoch, row): shuffled anew every epoch, mixed by weight. Ea
 that its devices hold, so the global batch is the same for any number of hosts.
 """
 
+import abc
 import dataclasses
 import functools
 import weakref
@@ -66,7 +67,7 @@ class RowIndex(Protocol):
         ...
 
 
-class PackedSource:
+class PackedSource(abc.ABC):
     """What sources of packed rows have in common; each is a frozen dataclass of these fields.
 
     batch_size: rows of the global batch. sequence_length: inputs, hence targets, of a row.
@@ -166,16 +167,16 @@ class PackedSource:
         )
         return tokenizer, held, info
 
+    @abc.abstractmethod
     def _held(self, part: Any, *, tokenizer: Tokenizer, split: str, cache_dir: Path) -> Any:
         """A split of one corpus as tokens: with num_bytes, num_documents and num_tokens."""
-        raise NotImplementedError
 
-    def _rows(self, held: Any, *, seed: int, pad_id: int) -> RowIndex:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _rows(self, held: Any, *, seed: int, pad_id: int) -> RowIndex: ...
 
+    @abc.abstractmethod
     def _packing(self) -> dict[str, str]:
         """What of the settings decides which row is which, for a stream's state."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,15 +3,18 @@
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from research.core.types import Context, EvalRun, Metrics, UserError
-from research.evals.tasks.base import Problem, Task
+from research.evals.tasks.base import Task
 from research.models.bound import Bound
-from research.rl.groups import agreed, graded, grouped
+from research.rl.groups import Group, answered, finished
 from research.rl.respond import Speaker, Speech
+
+WORKERS = 4  # threads that score
 
 
 @dataclass(frozen=True)
@@ -45,41 +48,38 @@ class Solve:
             raise UserError(f"Solve's temperature is of its samples, above 0; given {self.temperature}: set greedy.")
 
     def start(self, context: Context) -> EvalRun:
-        size = self.task.size
+        size = self.task.size(self.split)
         count = self.problems if size is None else min(self.problems, size)
         problems = [self.task.problem(self.split, index) for index in range(count)]
-
-        asked = Speaker(self.speech, cache_dir=context.cache_dir)
+        how = [(self.temperature, self.samples)] * bool(self.samples) + [(0.0, 1)] * self.greedy
+        asked = [
+            (Speaker(self.speech, cache_dir=context.cache_dir, temperature=t, slots=self.slots), n) for t, n in how
+        ]
         for problem in problems:
-            asked.prompt(problem)  # a prompt that is too long is told before the run, not at its end
+            asked[0][0].prompt(problem)  # a prompt that is too long is told before the run, not at its end
 
         def run(policy: Bound, step: int) -> Metrics:
             found: Metrics = {}
-            if self.samples:
-                found = self._asked(context, policy, problems, temperature=self.temperature, samples=self.samples)
-            if self.greedy:
-                found |= self._asked(context, policy, problems, temperature=0.0, samples=1)
+            with ThreadPoolExecutor(WORKERS) as scorers:
+                for speaker, samples in asked:
+                    seeds = context.seed, "solve"
+                    more = dict(samples=samples, seeds=seeds, scorers=scorers)
+                    groups, _ = answered(speaker, policy, problems, self.task.verifier, **more)
+                    found |= _shares(groups, samples, greedy=speaker.settings.sampling.greedy)
             return {f"{self.name}/{name}": value for name, value in found.items()}
 
         return run
 
-    def _asked(
-        self, context: Context, policy: Bound, problems: Sequence[Problem], *, temperature: float, samples: int
-    ) -> Metrics:
-        speaker = Speaker(self.speech, cache_dir=context.cache_dir, temperature=temperature, slots=self.slots)
-        seeds = (context.seed, "solve")
-        answers = list(speaker.ask(policy, problems, samples=samples, seeds=seeds))
-        grades = [graded(self.task.verifier, problems[answer.problem], answer.response) for answer in answers]
-        groups = grouped(problems, answers, agreed(grades))
-        right = np.array([int(group.correct.sum()) for group in groups])
-        shares = {"greedy": right.mean()}
-        if temperature:
-            shares = {f"pass@{k}": pass_at(k, right, samples) for k in sorted({1, samples})}
-        return {
-            **{name: float(value) for name, value in shares.items()},
-            "length": float(np.mean([len(answer.tokens) for answer in answers])),
-            "truncated": float(np.mean([not answer.response.finished for answer in answers])),
-        }
+
+def _shares(groups: Sequence[Group], samples: int, *, greedy: bool) -> Metrics:
+    right = np.array([int(group.correct.sum()) for group in groups])
+    shares = (
+        {"greedy": float(right.mean())}
+        if greedy
+        else {f"pass@{k}": pass_at(k, right, samples) for k in sorted({1, samples})}
+    )
+    lengths = [len(answer.tokens) for group in groups for answer in group.answers]
+    return {**shares, "length": float(np.mean(lengths)), "truncated": float(1 - finished(groups).mean())}
 
 
 def pass_at(k: int, right: np.ndarray, samples: int) -> float:

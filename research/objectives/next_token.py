@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 
 from research.core.sharding import gathered, mesh_axes, partition_spec, ways
 from research.core.types import Array, Batch, Head, Loss, Policy, Term, UserError, WeightedSum
+from research.objectives.chunks import joined, split
 
 
 class TokenSums(NamedTuple):
@@ -188,28 +189,13 @@ def _chunk_sums(
     return sums, jax.lax.optimization_barrier(d_logits)  # else each product that reads it would form it again
 
 
-def _split(chunk: int, *arrays: Array) -> tuple[Array, ...]:
-    """Each of the arrays [B, T, ...] as [chunks, about ``chunk`` tokens, ...], padded with zeros."""
-    batch, length = arrays[0].shape[:2]
-    wanted = min(length, max(1, chunk // batch)) if chunk else length
-    chunks = -(-length // wanted)
-    columns = -(-length // chunks)
-
-    def one(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, chunks * columns - length)) + ((0, 0),) * (x.ndim - 2))
-        parts = jnp.moveaxis(x.reshape(batch, chunks, columns, *x.shape[2:]), 1, 0)
-        return parts.reshape(chunks, batch * columns, *x.shape[2:])
-
-    return tuple(one(x) for x in arrays)
-
-
 def _values(z_loss: float, chunk: int, head: Head, *arrays: Array) -> TokenSums:
     def body(total: TokenSums, part: tuple[Array, ...]) -> tuple[TokenSums, None]:
         hidden, targets, weights = part
         sums, _ = _chunk_sums(z_loss, head(hidden), targets, weights, gradient=False)
         return jax.tree.map(jnp.add, total, sums), None
 
-    return jax.lax.scan(body, TokenSums(*[jnp.zeros(())] * 4), _split(chunk, *arrays))[0]
+    return jax.lax.scan(body, TokenSums(*[jnp.zeros(())] * 4), split(chunk, *arrays))[0]
 
 
 def _values_and_gradients(
@@ -227,8 +213,6 @@ def _values_and_gradients(
         return (jax.tree.map(jnp.add, total, sums), d_head), d_hidden
 
     start = TokenSums(*[jnp.zeros(())] * 4), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), head)
-    parts = _split(chunk, hidden, *tokens)
+    parts = split(chunk, hidden, *tokens)
     (sums, d_head), d_parts = jax.lax.scan(body, start, parts)
-    batch, length, width = hidden.shape
-    by_row = jnp.moveaxis(d_parts.reshape(d_parts.shape[0], batch, -1, width), 0, 1)
-    return sums, d_head, by_row.reshape(batch, -1, width)[:, :length]
+    return sums, d_head, joined(d_parts, *hidden.shape[:2])

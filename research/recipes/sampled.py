@@ -67,7 +67,7 @@ class Sampled:
         check_split(split)
         folder = Path(cache_dir) / "sampled" / self.fingerprint(cache_dir)
         count = self.problems if split == "train" else self.validation_problems
-        size = self.task.size
+        size = self.task.size(split)
         end = self.first + count if size is None else min(self.first + count, size)
         model = _Model(self, Path(cache_dir))
         for start in range(self.first, end, CHUNK):

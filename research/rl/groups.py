@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups of responses to one prompt: what each is worth, the rows they become, and what there is to say of them."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 
 from research.core.types import Metrics
 from research.evals.tasks.base import Problem, Response, Reward
+from research.models.bound import Bound
 from research.rl.advantages import is_equal
 from research.rl.respond import Answer, Speaker
 from research.rl.rewards.weighted import Weighted
@@ -53,6 +56,26 @@ def grouped(problems: Sequence[Problem], answers: Sequence[Answer], grades: Sequ
         parts = {name: np.array([grades[i][name] for i in mine]) for name in grades[mine[0]]}
         found.append(Group(problem, [answers[i] for i in mine], parts.pop(TOTAL), parts))
     return found
+
+
+def answered(
+    speaker: Speaker,
+    policy: Bound,
+    problems: Sequence[Problem],
+    reward: Reward,
+    *,
+    samples: int,
+    seeds: tuple[Any, ...],
+    scorers: Executor,
+) -> tuple[list[Group], float]:
+    """A model's answers to problems, each scored as soon as it is there while the others are sampled; and the seconds
+    that sampling took."""
+    answers, grades, began = list[Answer](), list[Future](), time.perf_counter()
+    for answer in speaker.ask(policy, problems, samples=samples, seeds=seeds):
+        answers.append(answer)
+        grades.append(scorers.submit(graded, reward, problems[answer.problem], answer.response))
+    seconds = time.perf_counter() - began
+    return grouped(problems, answers, agreed([grade.result() for grade in grades])), seconds
 
 
 def agreed(grades: list[dict[str, float]]) -> list[dict[str, float]]:

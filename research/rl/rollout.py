@@ -31,10 +31,10 @@ from research.evals.tasks.base import Reward, Task
 from research.models.bound import Bound
 from research.objectives.grpo import REFERENCE, estimated_kl
 from research.rl.advantages import Advantage, Gae, GroupRelative, LeaveOneOut, Rewarded
-from research.rl.groups import Group, agreed, graded, grouped, records, summary
+from research.rl.groups import Group, answered, records, summary
 from research.rl.groups import rows as assembled
 from research.rl.record import Samples, pack, unpack
-from research.rl.respond import Answer, Speaker, Speech, seed_of
+from research.rl.respond import Speaker, Speech, seed_of
 from research.rl.rewards.learned import LearnedReward, learned
 from research.rl.score import score
 
@@ -46,8 +46,7 @@ class Rollouts:
     """Responses of the policy in training to a task's problems, with advantages: batches for ``Grpo``.
 
     prompts, samples: groups of a rollout, and responses to each. temperature: of the sampler; the loss uses it too.
-    reward: what responses are worth; None: the task's verifier. learned: what models give besides, by their weights;
-        whether a group is drawn again, and what samples.jsonl says, go by ``reward`` alone.
+    reward: what responses are worth; None: the task's verifier. learned: what models give besides, by their weights.
     advantage: how rewards become advantages (``research.rl.advantages``).
     epochs, minibatches: how often a rollout is gone through, in how many steps each time.
     staleness: rollouts that the sampler lags behind: with 1, the next is sampled while this one is trained on (on one
@@ -256,13 +255,6 @@ class RolloutStream:
         report = summary(groups, drawn)
         report |= {"seconds/generation": generation, "seconds/reward": time.perf_counter() - began - generation}
         rows = assembled(self.speaker, groups, self.source.temperature)
-        for reward in self.source.learned:
-            given = self._batchwise(
-                rows, lambda batch, one=reward: {"": learned(one, self.context.frozen[one.model], batch)}
-            )[""]
-            rows["rewards"] = rows["rewards"] + reward.weight * given
-            report[f"reward/{reward.name}"] = float(given.mean())
-        report["reward"] = float(rows["rewards"].mean()) if self.source.learned else report["reward"]
         return Rollout(rows, report, list(records(groups[: self.source.recorded])), step)
 
     def _groups(self, policy: Bound, number: int) -> tuple[list[Group], list[Group], float]:
@@ -283,19 +275,27 @@ class RolloutStream:
         return [drawn[i] for i in sorted(order[: source.prompts])], drawn, seconds
 
     def _asked(self, policy: Bound, count: int, seeds: tuple[Any, ...]) -> tuple[list[Group], float]:
-        """Answers to the next problems; each is scored as soon as it is there, while the others are sampled."""
+        """Answers to the next problems, and the seconds of sampling them."""
         problems = [self.source.task.problem("train", self._index(self._cursor + i)) for i in range(count)]
         self._cursor += count
-        answers, scores, began = list[Answer](), list[Future](), time.perf_counter()
-        for answer in self.speaker.ask(policy, problems, samples=self.source.samples, seeds=seeds):
-            answers.append(answer)
-            scores.append(self._scorers.submit(graded, self.reward, problems[answer.problem], answer.response))
-        seconds = time.perf_counter() - began
-        return grouped(problems, answers, agreed([future.result() for future in scores])), seconds
+        how = dict(samples=self.source.samples, seeds=seeds, scorers=self._scorers)
+        groups, seconds = answered(self.speaker, policy, problems, self.reward, **how)
+        for reward in self.source.learned:
+            groups = self._learned(reward, groups)
+        return groups, seconds
+
+    def _learned(self, reward: LearnedReward, groups: list[Group]) -> list[Group]:
+        """Groups with what a model gives besides."""
+        model, rows = self.context.frozen[reward.model], assembled(self.speaker, groups, self.source.temperature)
+        given = self._batchwise(rows, lambda batch: {reward.name: learned(reward, model, batch)})[reward.name]
+        return [
+            group._replace(rewards=group.rewards + reward.weight * mine, parts={**group.parts, reward.name: mine})
+            for group, mine in zip(groups, given.reshape(len(groups), -1).astype(np.float64), strict=True)
+        ]
 
     def _index(self, number: int) -> int:
         """The problem that comes so late: of a task with an end in an order of each epoch's own."""
-        size = self.source.task.size
+        size = self.source.task.size("train")
         if size is None:
             return (self.context.seed + 1) * PROBLEMS_OF_A_SEED + number
         epoch, place = divmod(number, size)
@@ -331,14 +331,14 @@ class RolloutStream:
     def _batchwise(
         self, rows: Mapping[str, np.ndarray], ask: Callable[[Batch], Mapping[str, jax.Array]]
     ) -> dict[str, np.ndarray]:
-        """What a function of a batch says of all rows, a batch at a time."""
-        parts, size = [], self.source.batch_size
+        """What a function of a batch says of all rows, a batch at a time; the last is filled up."""
+        parts, size, count = [], self.source.batch_size, len(rows["tokens"])
         names = ("tokens", "positions", "segment_ids", "targets", "weights", "temperature")
         with jax.set_mesh(self.context.mesh):
-            for first in range(0, len(rows["tokens"]), size):
-                batch = self._batch({name: rows[name] for name in names}, np.arange(first, first + size))
+            for first in range(0, count, size):
+                batch = self._batch({name: rows[name] for name in names}, np.arange(first, first + size) % count)
                 parts.append(jax.device_get(ask(batch)))
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
 
     def _minibatch(self, number: int, place: int) -> np.ndarray:
         """The rows of a rollout's step, from an order of each epoch's own."""

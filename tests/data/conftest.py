@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from research.core.sharding import MeshSpec, make_mesh
+from research.core.types import Context
+
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "said", "that", "every", "token", "counts", "once"]
 
 
@@ -26,3 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def context(cache) -> Context:
+    return Context(mesh=make_mesh(MeshSpec()), seed=3, cache_dir=cache)

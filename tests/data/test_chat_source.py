@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from research.core.config import config_hash, from_json, to_json
 from research.core.sharding import MeshSpec, make_mesh
-from research.core.types import Context, Precision, Source, UserError
+from research.core.types import Precision, Source, UserError
 from research.data.chat import PLAIN, TAGGED, Message
 from research.data.chat_packing import ChatRows, best_fit, tokenised
 from research.data.chat_source import ChatSource
@@ -31,9 +31,9 @@ from research.data.sources import (
 from research.data.tokenizers import Bytes, Characters, SentencePiece
 from research.objectives.next_token import NextToken
 from tests import tiny
+from tests.data.batches import NAMES, as_numpy, assert_same
 from tests.data.conftest import some_text
 
-NAMES = {"tokens", "targets", "weights", "segment_ids", "positions", "target_bytes"}
 LENGTH = 128
 
 
@@ -62,21 +62,6 @@ def chats(tmp_path_factory) -> Conversations:
 @pytest.fixture
 def source(chats) -> ChatSource:
     return ChatSource(chats, Bytes(), TAGGED, batch_size=8, sequence_length=LENGTH)
-
-
-@pytest.fixture
-def context(cache) -> Context:
-    return Context(mesh=make_mesh(MeshSpec()), seed=3, cache_dir=cache)
-
-
-def as_numpy(batch) -> dict[str, np.ndarray]:
-    return {name: np.asarray(array) for name, array in batch.items()}
-
-
-def assert_same(first, second) -> None:
-    assert set(first) == set(second) == NAMES
-    for name in NAMES:
-        np.testing.assert_array_equal(np.asarray(first[name]), np.asarray(second[name]), err_msg=name)
 
 
 def epoch_of(stream, number: int = 0) -> dict[str, np.ndarray]:

@@ -15,33 +15,17 @@ import pytest
 
 from research.core.config import config_hash, from_json, to_json
 from research.core.sharding import MeshSpec, batch_sharding, make_mesh
-from research.core.types import Context, Source, UserError
+from research.core.types import Source, UserError
 from research.data.pipeline import DataError, TextSource
 from research.data.sources import Mixture, Synthetic, TextFolder
 from research.data.tokenizers import Bytes, Characters, SentencePiece
 from tests.data import two_processes
-
-NAMES = {"tokens", "targets", "weights", "segment_ids", "positions", "target_bytes"}
+from tests.data.batches import NAMES, as_numpy, assert_same
 
 
 @pytest.fixture
 def source(folder) -> TextSource:
     return TextSource(TextFolder(str(folder)), SentencePiece(vocab_size=300), batch_size=8, sequence_length=16)
-
-
-@pytest.fixture
-def context(cache) -> Context:
-    return Context(mesh=make_mesh(MeshSpec()), seed=3, cache_dir=cache)
-
-
-def as_numpy(batch) -> dict[str, np.ndarray]:
-    return {name: np.asarray(array) for name, array in batch.items()}
-
-
-def assert_same(first, second) -> None:
-    assert set(first) == set(second) == NAMES
-    for name in NAMES:
-        np.testing.assert_array_equal(np.asarray(first[name]), np.asarray(second[name]), err_msg=name)
 
 
 def test_a_source_is_a_setting(source):

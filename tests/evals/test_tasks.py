@@ -242,7 +242,7 @@ def test_gsm8k_is_read_as_it_is_shipped(tmp_path):
     train = written(tmp_path / "train.jsonl", ROWS)
     test = written(tmp_path / "test.jsonl", [{"question": "Q2?", "answer": "Four\u2028teen.\n#### -14"}])
     task = GSM8K(train, test)
-    assert (task.size, task.validation_size) == (1, 1)  # Q2 is held out
+    assert (task.size("train"), task.size("validation")) == (1, 1)  # Q2 is held out
     assert task.problem("train", 0) == Problem("Q1?", "25", "Half of 48 is 24.\nSo 24+1=25.\n#### 25")
     assert task.problem("validation", 0) == Problem("Q2?", "-14", "Four\u2028teen.\n#### -14")
     noted = GSM8K(train, test, notes=True, mark=BOXED, instruction=" Box it.").problem("train", 0)
@@ -259,7 +259,7 @@ def test_files_that_are_not_gsm8k_are_one_sentence(tmp_path, rows):
     with pytest.raises(UserError, match="GSM8K"):
         GSM8K(written(tmp_path / "train.jsonl", rows), test).problem("train", 0)
     with pytest.raises(UserError, match="cannot be read"):
-        _ = GSM8K(str(tmp_path / "absent.jsonl"), test).size
+        _ = GSM8K(str(tmp_path / "absent.jsonl"), test).size("train")
 
 
 def test_gsm8ks_ends_are_told(tmp_path):
@@ -276,8 +276,8 @@ def test_gsm8k_itself(shared_data):
     if not folder.is_dir():
         pytest.skip(f"there is no {folder}")
     task = GSM8K(str(folder / "train.jsonl"), str(folder / "test.jsonl"))
-    assert (task.size, task.validation_size) == (7473, 1319)
-    for split, size in [("train", task.size), ("validation", task.validation_size)]:
+    assert (task.size("train"), task.size("validation")) == (7473, 1319)
+    for split, size in [("train", 7473), ("validation", 1319)]:
         for problem in (task.problem(split, index) for index in range(size)):
             assert score(task, problem, problem.worked) == 1 and "<<" not in problem.worked
             assert score(task, problem, f"#### 1{problem.reference}") == 0

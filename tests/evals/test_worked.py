@@ -24,7 +24,10 @@ CORPUS = Worked(Arithmetic(), count=300, validation_count=20)
 
 @dataclass(frozen=True)
 class Unworked:
-    size: int = 3
+    count: int = 3
+
+    def size(self, split: str) -> int:
+        return self.count
 
     @property
     def verifier(self) -> Reward:
@@ -78,7 +81,7 @@ def test_it_is_trained_on(cache_dir):
 def test_mistakes(cache_dir):
     with pytest.raises(UserError, match="at least one problem of each split; given count=0 and validation_count=256"):
         Worked(Arithmetic(), count=0)
-    few = Worked(Unworked(size=2), count=10)
+    few = Worked(Unworked(2), count=10)
     assert len(list(few.conversations("train", cache_dir=cache_dir))) == 2
     with pytest.raises(UserError, match="Problem 2 of Unworked's train split has no worked solution"):
         list(replace(few, task=Unworked()).conversations("train", cache_dir=cache_dir))

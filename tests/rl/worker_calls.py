@@ -53,7 +53,7 @@ def never_back_to_python():
 def hoard():
     kept = []
     while True:
-        kept.append(bytearray(1 << 28))
+        kept.append(bytes(1 << 28))  # which, unlike a bytearray, takes room without touching it
 
 
 def crash():

@@ -2,28 +2,21 @@
 """Long addition, column by column: ``58+67=`` is answered ``8+7=15,5+6+1=12#125``."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from research.core.types import UserError
-from research.evals.tasks.base import Draws, Marked, Problem, Reward, check_held_out, drawn
+from research.evals.tasks.base import Draws, Problem, Procedural, Reward
 from research.rl.rewards.numeric import Numeric
 
 
 @dataclass(frozen=True)
-class Addition:
+class Addition(Procedural):
     """Two numbers of exactly ``digits`` digits, the first not 0. The worked solution adds the digits of each column,
-    from the right, with what is carried. mark: how responses mark their answer. held_out: the share of all problems
-    that are for validation.
-    """
+    from the right, with what is carried."""
 
     digits: int = 3
-    mark: Marked = Marked("#")
-    held_out: float = 0.1
-    seed: int = 0
-    size: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        check_held_out(self.held_out)
+        super().__post_init__()
         if self.digits < 2:
             raise UserError(f"Addition needs numbers of at least 2 digits; given {self.digits}.")
 
@@ -31,11 +24,7 @@ class Addition:
     def verifier(self) -> Reward:
         return Numeric(self.mark)
 
-    def problem(self, split: str, index: int) -> Problem:
-        parts = "addition", self.seed, split
-        return drawn(self._draw, parts=parts, split=split, index=index, held_out=self.held_out)
-
-    def _draw(self, draws: Draws) -> tuple[str, Problem]:
+    def draw(self, draws: Draws) -> tuple[str, Problem]:
         least = 10 ** (self.digits - 1)
         first, second = (draws.integer(least, 10 * least - 1) for _ in range(2))
         steps, carry = [], 0

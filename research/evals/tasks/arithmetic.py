@@ -2,33 +2,27 @@
 """Sums with worked steps: ``17+5-8=`` is answered ``17+5=22;22-8=14#14``."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from research.core.types import UserError
-from research.evals.tasks.base import Draws, Marked, Problem, Reward, check_held_out, drawn
+from research.evals.tasks.base import Draws, Problem, Procedural, Reward
 from research.rl.rewards.numeric import Numeric
 
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class Arithmetic(Procedural):
     """Left to right over ``terms`` numbers of at most ``digits`` digits (from 0).
 
-    operations: what stands between them; results may be below zero. mark: how responses mark their answer.
-    held_out: the share of all problems that are for validation.
+    operations: what stands between them; results may be below zero.
     """
 
     terms: int = 3
     digits: int = 2
     operations: str = "+-"
-    mark: Marked = Marked("#")
-    held_out: float = 0.1
-    seed: int = 0
-    size: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        check_held_out(self.held_out)
+        super().__post_init__()
         if self.terms < 2 or self.digits < 1 or not set(self.operations) <= set(OPERATIONS) or not self.operations:
             raise UserError(
                 f"Arithmetic needs terms of at least 2, digits of at least 1 and operations among "
@@ -39,11 +33,7 @@ class Arithmetic:
     def verifier(self) -> Reward:
         return Numeric(self.mark)
 
-    def problem(self, split: str, index: int) -> Problem:
-        parts = "arithmetic", self.seed, split
-        return drawn(self._draw, parts=parts, split=split, index=index, held_out=self.held_out)
-
-    def _draw(self, draws: Draws) -> tuple[str, Problem]:
+    def draw(self, draws: Draws) -> tuple[str, Problem]:
         text = str(total := draws.integer(0, 10**self.digits - 1))
         steps = []
         for _ in range(self.terms - 1):

@@ -4,6 +4,7 @@
 To add one, write one file in this folder: a frozen dataclass (``Task``).
 """
 
+import abc
 import hashlib
 import re
 from collections.abc import Mapping
@@ -50,8 +51,7 @@ class Reward(Protocol):
 class Task(Protocol):
     """A frozen dataclass. ``problem`` is a pure function; no problem of one split is one of the other."""
 
-    @property
-    def size(self) -> int | None:
+    def size(self, split: str) -> int | None:
         """How many problems a split has; None where they are endless."""
         ...
 
@@ -130,20 +130,45 @@ class Draws:
         return choices[self.integer(0, len(choices) - 1)]
 
 
-def drawn(draw: Any, *, parts: tuple[Any, ...], split: str, index: int, held_out: float) -> Any:
-    """``draw(draws) -> (text, made)``, repeated until the text belongs to ``split``: by a hash of the text alone, so
-    that the splits of all seeds share nothing. held_out: the share of all texts that are for validation."""
-    check_split(split)
-    for attempt in range(10_000):
-        text, made = draw(Draws((*parts, index, attempt)))
-        if (unit_hash(text) < held_out) == (split == "validation"):
-            return made
-    raise UserError(
-        f"No problem of the split {split} was found in 10,000 draws: the task has too few problems, or a held_out of "
-        f"{held_out} leaves none; give it more numbers or digits."
-    )
+@dataclass(frozen=True, kw_only=True)
+class Procedural(abc.ABC):
+    """A task without an end, whose problems are drawn: an index says which, a hash of the problem's text in which split
+    it is, so that the splits of all seeds share nothing.
 
+    mark: how responses mark their answer. held_out: the share of all problems that are for validation.
+    """
 
-def check_held_out(share: float) -> None:
-    if not 0 < share < 1:
-        raise UserError(f"held_out must lie between 0 and 1; given {share}.")
+    mark: Marked = Marked("#")
+    held_out: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 1:
+            raise UserError(f"held_out must lie between 0 and 1; given {self.held_out}.")
+
+    @property
+    @abc.abstractmethod
+    def verifier(self) -> Reward: ...
+
+    @abc.abstractmethod
+    def draw(self, draws: Draws) -> tuple[str, Problem]:
+        """A problem of either split, and the text that tells it from others."""
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """What parts its draws from those of other tasks."""
+        return (type(self).__name__.lower(),)
+
+    def size(self, split: str) -> None:
+        check_split(split)
+
+    def problem(self, split: str, index: int) -> Problem:
+        check_split(split)
+        for attempt in range(10_000):
+            text, problem = self.draw(Draws((*self.kind, self.seed, split, index, attempt)))
+            if (unit_hash(text) < self.held_out) == (split == "validation"):
+                return problem
+        raise UserError(
+            f"No problem of the split {split} was found in 10,000 draws: the task has too few problems, or a held_out "
+            f"of {self.held_out} leaves none; give it more numbers or digits."
+        )

@@ -3,12 +3,11 @@
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import ClassVar
 
 from research.core.types import UserError
-from research.evals.tasks.base import TAGS, Draws, Marked, Problem, Response, Reward, check_held_out, drawn
+from research.evals.tasks.base import TAGS, Draws, Marked, Problem, Procedural, Response, Reward
 
 LONGEST = 200  # characters of an expression that are looked at
 LARGEST = 10**6  # of what a worked solution comes to on its way
@@ -83,7 +82,7 @@ def value(tokens: list[str]) -> Fraction | None:
 
 
 @dataclass(frozen=True)
-class Countdown:
+class Countdown(Procedural):
     """``count`` numbers from 1 to ``largest``, and a target that they make in whole numbers above 0 all the way.
 
     targets: the least and the greatest. use_all: whether each number must be used; else each may be. prompt: what is
@@ -96,13 +95,10 @@ class Countdown:
     targets: tuple[int, int] = (10, 100)
     use_all: bool = True
     prompt: str = ""
-    mark: Marked = TAGS
-    held_out: float = 0.1
-    seed: int = 0
-    size: ClassVar[None] = None
+    mark: Marked = field(default=TAGS, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_held_out(self.held_out)
+        super().__post_init__()
         if not 2 <= self.count <= 20 or not 2 <= self.largest <= LARGEST or not 1 <= self.targets[0] <= self.targets[1]:
             raise UserError(
                 f"Countdown needs a count from 2 to 20, largest from 2 to {LARGEST:,} and targets from 1 in order; "
@@ -113,11 +109,7 @@ class Countdown:
     def verifier(self) -> Reward:
         return Makes(self.mark, self.use_all)
 
-    def problem(self, split: str, index: int) -> Problem:
-        parts = "countdown", self.seed, split
-        return drawn(self._draw, parts=parts, split=split, index=index, held_out=self.held_out)
-
-    def _draw(self, draws: Draws) -> tuple[str, Problem]:
+    def draw(self, draws: Draws) -> tuple[str, Problem]:
         low, high = self.targets
         for _ in range(10_000):
             numbers = [draws.integer(1, self.largest) for _ in range(self.count)]

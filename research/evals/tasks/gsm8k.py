@@ -36,14 +36,8 @@ class GSM8K:
     mark: Marked = Marked()
     instruction: str = ""
 
-    @property
-    def size(self) -> int:
-        """How many problems the train split has."""
-        return len(self._rows("train"))
-
-    @property
-    def validation_size(self) -> int:
-        return len(self._rows("validation"))
+    def size(self, split: str) -> int:
+        return len(self._rows(split))
 
     @property
     def verifier(self) -> Reward:

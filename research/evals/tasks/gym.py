@@ -3,10 +3,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from research.core.types import UserError
-from research.evals.tasks.base import TAGS, Draws, Marked, Problem, Response, Reward, check_held_out, drawn
+from research.evals.tasks.base import TAGS, Draws, Marked, Problem, Procedural, Response, Reward
 from research.rl.workers import Result, Workers, installed, shared
 
 LONGEST = 20_000  # characters of an answer that are looked at
@@ -41,7 +41,7 @@ class GymScore:
 
 
 @dataclass(frozen=True)
-class Gym:
+class Gym(Procedural):
     """The task ``name`` of reasoning-gym with ``settings`` of its own, such as ``Gym("chain_sum", {"max_terms": 3})``.
 
     Each problem is that of a seed of its own. The library's own seeds may not part the splits, as it gives the same
@@ -53,27 +53,21 @@ class Gym:
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    mark: Marked | None = TAGS
+    mark: Marked | None = field(default=TAGS, kw_only=True)
     instruction: str = ""
-    held_out: float = 0.1
-    seed: int = 0
     seconds: float = 20.0
     memory: int = 2 << 30
     processes: int = 0
-    size: ClassVar[None] = None
-
-    def __post_init__(self) -> None:
-        check_held_out(self.held_out)
 
     @property
     def verifier(self) -> Reward:
         return GymScore(self.name, self.settings, self.mark, self.seconds, self.memory, self.processes)
 
-    def problem(self, split: str, index: int) -> Problem:
-        parts = "gym", self.name, self.seed, split
-        return drawn(self._draw, parts=parts, split=split, index=index, held_out=self.held_out)
+    @property
+    def kind(self) -> tuple[str, ...]:
+        return "gym", self.name
 
-    def _draw(self, draws: Draws) -> tuple[str, Problem]:
+    def draw(self, draws: Draws) -> tuple[str, Problem]:
         seed = draws.integer(0, 2**31 - 1)
         made = _workers(self).call(f"{LIBRARY}:problem", self.name, self.settings, seed)
         if made.failure:

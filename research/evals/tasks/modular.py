@@ -2,34 +2,28 @@
 """Remainders with worked steps: ``((17+5)*8) mod 7=`` is answered ``17+5=22=1;1*8=8=1#1``."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from research.core.types import UserError
 from research.evals.tasks.arithmetic import OPERATIONS
-from research.evals.tasks.base import Draws, Marked, Problem, Reward, check_held_out, drawn
+from research.evals.tasks.base import Draws, Problem, Procedural, Reward
 from research.rl.rewards.numeric import Numeric
 
 
 @dataclass(frozen=True)
-class Modular:
+class Modular(Procedural):
     """The remainder of ``terms`` numbers of at most ``digits`` digits (from 0), put together as their brackets say.
 
     operations: what stands between them. moduli: the least and the greatest number that is divided by; the answer is
-    from 0 to one below it. mark: how responses mark their answer. held_out: the share of all problems that are for
-    validation.
+    from 0 to one below it.
     """
 
     terms: int = 3
     digits: int = 2
     operations: str = "+-*"
     moduli: tuple[int, int] = (2, 20)
-    mark: Marked = Marked("#")
-    held_out: float = 0.1
-    seed: int = 0
-    size: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        check_held_out(self.held_out)
+        super().__post_init__()
         fit = (
             set(self.operations) <= set(OPERATIONS) and len(self.moduli) == 2 and 2 <= self.moduli[0] <= self.moduli[1]
         )
@@ -43,11 +37,7 @@ class Modular:
     def verifier(self) -> Reward:
         return Numeric(self.mark)
 
-    def problem(self, split: str, index: int) -> Problem:
-        parts = "modular", self.seed, split
-        return drawn(self._draw, parts=parts, split=split, index=index, held_out=self.held_out)
-
-    def _draw(self, draws: Draws) -> tuple[str, Problem]:
+    def draw(self, draws: Draws) -> tuple[str, Problem]:
         modulus = draws.integer(*self.moduli)
         number = draws.integer(0, 10**self.digits - 1)
         text, rest, steps = str(number), number, []

@@ -3,30 +3,22 @@
 
 import bisect
 from dataclasses import dataclass
-from typing import ClassVar
 
 from research.core.types import UserError
-from research.evals.tasks.base import Draws, Marked, Problem, Reward, check_held_out, drawn
+from research.evals.tasks.base import Draws, Problem, Procedural, Reward
 from research.rl.rewards.exact import Exact
 
 
 @dataclass(frozen=True)
-class Sorting:
-    """From ``shortest`` to ``longest`` numbers of at most ``digits`` digits (from 0), the least first.
-
-    mark: how responses mark their answer. held_out: the share of all problems that are for validation.
-    """
+class Sorting(Procedural):
+    """From ``shortest`` to ``longest`` numbers of at most ``digits`` digits (from 0), the least first."""
 
     shortest: int = 3
     longest: int = 6
     digits: int = 2
-    mark: Marked = Marked("#")
-    held_out: float = 0.1
-    seed: int = 0
-    size: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        check_held_out(self.held_out)
+        super().__post_init__()
         if not 1 <= self.shortest <= self.longest or self.digits < 1:
             raise UserError(
                 f"Sorting needs 1 <= shortest <= longest and digits of at least 1; given {self.shortest}, "
@@ -37,11 +29,7 @@ class Sorting:
     def verifier(self) -> Reward:
         return Exact(self.mark)
 
-    def problem(self, split: str, index: int) -> Problem:
-        parts = "sorting", self.seed, split
-        return drawn(self._draw, parts=parts, split=split, index=index, held_out=self.held_out)
-
-    def _draw(self, draws: Draws) -> tuple[str, Problem]:
+    def draw(self, draws: Draws) -> tuple[str, Problem]:
         count = draws.integer(self.shortest, self.longest)
         numbers = [draws.integer(0, 10**self.digits - 1) for _ in range(count)]
         done: list[int] = []

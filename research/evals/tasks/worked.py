@@ -45,7 +45,8 @@ class Worked:
         check_split(split)
         wanted = self.count if split == "train" else self.validation_count
         first = (Message("system", self.system),) if self.system else ()
-        for index in range(wanted if self.task.size is None else min(wanted, self.task.size)):
+        size = self.task.size(split)
+        for index in range(wanted if size is None else min(wanted, size)):
             problem = self.task.problem(split, index)
             if not problem.worked:
                 raise UserError(
