@@ -271,8 +271,8 @@ class RolloutStream:
                 fresh, spent = self._asked(policy, missing, (self.context.seed, "rollout", number, attempt))
                 drawn, seconds = drawn + fresh, seconds + spent
         # where too few tell their responses apart, the last of the others fill the rows
-        order = sorted(range(len(drawn)), key=lambda i: (source.rounds > 1 and drawn[i].equal, -i))
-        return [drawn[i] for i in sorted(order[: source.prompts])], drawn, seconds
+        ranked = sorted(range(len(drawn)), key=lambda i: (source.rounds > 1 and drawn[i].equal, -i))
+        return [drawn[i] for i in sorted(ranked[: source.prompts])], drawn, seconds
 
     def _asked(self, policy: Bound, count: int, seeds: tuple[Any, ...]) -> tuple[list[Group], float]:
         """Answers to the next problems, and the seconds of sampling them."""
