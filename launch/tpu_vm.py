@@ -143,8 +143,9 @@ class TpuVm:
         state = str(request["state"]["state"]) if request else "absent"
         if state in PENDING or (state == "absent" and self._unseen(task)):
             return Report("pending", state if request else "")
+        gone = self._machine_gone(task) if state == "ACTIVE" else ""
         folder = self.journal.task_folder(task)
-        hosts = Hosts.read(folder, self._hosts(task))
+        hosts = Hosts.read(folder, self._hosts(task))  # after the machines: they speak before they go
         codes, words = hosts.codes(task.runs), hosts.words(task.runs)
         if hosts.done and not hosts.left:
             return Report("ended", "done", codes, details=words, began=hosts.began, until=hosts.newest)
@@ -159,9 +160,7 @@ class TpuVm:
             if never and state != "SUSPENDED":
                 return Report("declined" if request else "absent", lost)
         elif state == "ACTIVE":
-            lost = self._machine_gone(task)
-            if not lost and hosts.done:
-                lost = "its hosts saved and left"
+            lost = gone or ("its hosts saved and left" if hosts.done else "")
         if not lost and (silent := self._silent(task, hosts)):
             lost = f"host {silent[0]} has given no sign of life for {self.settings.silence:g} minutes"
         if lost:

@@ -164,6 +164,26 @@ def test_what_becomes_of_a_request(tmp_path, state, machine, hosts, condition, w
     assert report.condition == condition and word in report.detail
 
 
+def test_hosts_that_end_and_give_their_slice_back_while_it_is_asked_about_have_ended(tmp_path):
+    """What they said last came before their machine went, whatever was known of them a moment earlier."""
+    made = executor(tmp_path)
+    folder = made.journal.task_folder(TASK)
+    for index in range(2):
+        host(folder, index)
+
+    class EndWhenAsked(Answers):
+        def run(self, *words):
+            if words[2:4] == ("tpu-vm", "describe"):
+                for index in range(2):
+                    host(folder, index, done=True, codes={"a": 0, "b": 0}, phase="done")
+            return super().run(*words)
+
+    made.gcloud = EndWhenAsked("my-project")
+    made.gcloud.said.update({"queued-resources describe": request("ACTIVE"), "tpu-vm describe": NotFound("x")})
+    report = made.poll(TASK)
+    assert (report.condition, report.detail, report.codes) == ("ended", "done", {"a": 0, "b": 0})
+
+
 def test_a_host_without_a_sign_of_life_is_lost_by_this_machines_clock(tmp_path):
     made = executor(tmp_path, silence=0.002)
     made.gcloud.said.update({"queued-resources describe": request("ACTIVE"), "tpu-vm describe": READY})
