@@ -14,6 +14,7 @@ from research.core.config import override
 from research.core.roofline import Roofline
 from research.core.sharding import described
 from research.core.types import UserError
+from research.rl.rollout import Rollouts
 from research.scaling import cost
 from research.train.ahead import program_record
 from research.train.estimate import Estimate, estimate
@@ -51,6 +52,12 @@ class Planner:
         changed = override(experiment, *change)
         try:
             experiment.check()
+            if isinstance(source := changed.source, Rollouts) and not self.request.generate:
+                slots = source.slots or source.prompts * source.samples
+                self._note(
+                    "Time and memory of runs that learn from rollouts leave out their sampling: "
+                    f"--generate {slots}x{source.sequence_length} gives both."
+                )
             if self.request.search:
                 choice = self._chosen(experiment, change)
                 change, problem = choice.change, choice.problem

@@ -90,6 +90,12 @@ def test_a_table_a_price_and_a_note_on_what_is_too_small_to_time(lab, tmp_path):
     assert "ours at 3600 $" in printed
 
 
+def test_runs_that_learn_from_rollouts_say_that_sampling_is_not_counted(lab):
+    _, printed, _ = lab("plan", "experiments/grpo_variants.py", "--tpu", "v5e-4", "--estimate", "--json")
+    (note,) = (note for note in json.loads(printed)["notes"] if "rollouts" in note)
+    assert note.endswith("leave out their sampling: --generate 256x42 gives both.")
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -252,6 +258,17 @@ def test_a_7b_model_on_a_pod(lab):
     begun = time.monotonic()
     _, again, told = lab(*words, code="main(sys.argv[1:]); print('jax' in sys.modules)")
     assert again.splitlines()[-1] == "False" and "compiling" not in told and time.monotonic() - begun < 5
+
+
+@needs_compiler
+@pytest.mark.verify
+def test_every_kind_of_reinforcement_learning_compiles_for_a_slice(lab):
+    words = ("plan", "experiments/grpo_variants.py", "--tpu", "v5e-4", "--generate", "256x42", "--json")
+    code, printed, _ = lab(*words)
+    made = json.loads(printed)
+    assert code == 0 and len(made["rows"]) == 9 and made["programs"] == 9 + 2 * 2  # one has a value head
+    assert all(row["compiled"] and not row["problem"] and row["generation"]["decode"] for row in made["rows"])
+    assert not any("rollouts" in note for note in made["notes"])
 
 
 def test_a_program_too_large_for_the_compiler_tells_its_size_and_what_would_fit():
