@@ -187,15 +187,14 @@ class RolloutStream:
         self._step, self._cursor = 0, 0
         self._held: dict[int, Rollout | Future[Rollout]] = {}  # by number
         self._report: Metrics = {}
-        self._returned = time.perf_counter()
+        self._returned, self._trained = 0.0, 0.0  # when the last rollout was ready, and the seconds of its steps
 
     def next(self, policy: Bound, step: int) -> Batch:
         """The minibatch of ``step``. A rollout's first step samples it, or the one that is ``staleness`` later."""
         source, (number, place) = self.source, divmod(step, self.source.steps)
-        trained = 0.0
         if place == 0:
             jax.block_until_ready(policy.params)
-            trained = time.perf_counter() - self._returned
+            self._trained = time.perf_counter() - self._returned if self._returned else 0.0
             self._held = {held: rollout for held, rollout in self._held.items() if held >= number}
             for wanted in range(number, number + source.staleness + 1):
                 if wanted not in self._held:
@@ -205,9 +204,9 @@ class RolloutStream:
                 self._held[number] = fresh._replace(rows=self._compared(policy, fresh.rows, fresh.report))
                 self._samples.write(step + 1, fresh.records)
         rollout = self._settled(number)
-        self._report = {**rollout.report, "staleness": step - rollout.sampled, "seconds/training": trained}
+        self._report = {**rollout.report, "staleness": step - rollout.sampled, "seconds/training": self._trained}
         batch = self._batch(rollout.rows, self._minibatch(number, place))
-        self._step, self._returned = step + 1, time.perf_counter()
+        self._step, self._returned = step + 1, self._returned if place else time.perf_counter()
         return batch
 
     def report(self) -> Metrics:
