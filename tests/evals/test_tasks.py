@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
@@ -38,6 +39,7 @@ MADE = [
     Sorting(shortest=2, longest=2, digits=1, mark=BOXED),
     Countdown(),
     Countdown(count=3, largest=9, targets=(1, 30), use_all=False, mark=Marked("#"), prompt="{numbers}={target}:"),
+    Countdown(count=3, attempts=4),
 ]
 splits = pytest.mark.parametrize("split", ["train", "validation"])
 made = pytest.mark.parametrize("task", MADE, ids=lambda t: f"{type(t).__name__}-{MADE.index(t)}")
@@ -99,6 +101,7 @@ def test_problems_are_the_same_in_every_process():
         lambda: Modular(operations="/"),
         lambda: Sorting(shortest=3, longest=2),
         lambda: Countdown(count=1),
+        lambda: Countdown(attempts=0),
         lambda: Countdown(targets=(9, 1)),
         lambda: Countdown(held_out=1.0),
         lambda: Gym("chain_sum", held_out=0.0),
@@ -217,6 +220,20 @@ def test_what_is_no_expression_has_no_value(tokens):
     except ZeroDivisionError:
         found = True
     assert python or not found  # Python has signs before numbers besides
+
+
+def test_countdowns_worked_attempts_miss_until_the_last():
+    searched, plain = Countdown(count=3, attempts=4), Countdown(count=3)
+    counts = Counter[int]()
+    for i in range(200):
+        problem = searched.problem("train", i)
+        assert (problem.prompt, problem.data) == (plain.problem("train", i).prompt, plain.problem("train", i).data)
+        *misses, last = problem.worked.partition("<")[0].split("|")
+        assert last == plain.problem("train", i).worked.partition("<")[0]
+        ends = [int(one.rpartition("=")[2]) for one in misses]
+        assert problem.data["target"] not in ends and len({*misses}) == len(misses) <= 3
+        counts[len(misses)] += 1
+    assert min(counts[n] for n in range(4)) > 30  # as many of each
 
 
 def test_the_order_of_countdowns_numbers_is_not_that_of_the_solution():

@@ -85,20 +85,25 @@ def value(tokens: list[str]) -> Fraction | None:
 class Countdown(Procedural):
     """``count`` numbers from 1 to ``largest``, and a target that they make in whole numbers above 0 all the way.
 
-    targets: the least and the greatest. use_all: whether each number must be used; else each may be. prompt: what is
-    asked, with {numbers} and {target}; "" for a sentence. mark: how responses mark their expression. held_out: the
-    share of all problems that are for validation; the order of the numbers does not tell problems apart.
+    targets: the least and the greatest. use_all: whether each number must be used; else each may be. attempts: worked
+    solutions miss the target up to so many times less one, then make it: they show a search and not its end alone
+    (Gandhi et al. 2024, arXiv 2404.03683, section 3). prompt: what is asked, with {numbers} and {target}; "" for a
+    sentence. mark: how responses mark their expression. held_out: the share of all problems that are for validation;
+    the order of the numbers does not tell problems apart.
     """
 
     count: int = 4
     largest: int = 50
     targets: tuple[int, int] = (10, 100)
     use_all: bool = True
+    attempts: int = 1
     prompt: str = ""
     mark: Marked = field(default=TAGS, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.attempts < 1:
+            raise UserError(f"Countdown.attempts is {self.attempts}: the last one makes the target, so give 1 or more.")
         if not 2 <= self.count <= 20 or not 2 <= self.largest <= LARGEST or not 1 <= self.targets[0] <= self.targets[1]:
             raise UserError(
                 f"Countdown needs a count from 2 to 20, largest from 2 to {LARGEST:,} and targets from 1 in order; "
@@ -114,7 +119,8 @@ class Countdown(Procedural):
         for _ in range(10_000):
             numbers = [draws.integer(1, self.largest) for _ in range(self.count)]
             used = self.count if self.use_all else draws.integer(2, self.count)
-            target, expression, steps = _solution(numbers[:used], draws)
+            chosen = numbers[:used]
+            target, expression, steps = _solution(chosen, draws)
             if low <= target <= high and target not in numbers:
                 break
         else:
@@ -125,9 +131,20 @@ class Countdown(Procedural):
             self.prompt or f"Use each of the numbers {{numbers}} {how}, with + - * / and brackets, to make {{target}}."
         )
         prompt = asked.replace("{numbers}", " ".join(map(str, shown))).replace("{target}", str(target))
-        worked = ";".join(steps) + self.mark.write(expression)
+        misses = _misses(chosen, target, draws.integer(0, self.attempts - 1), draws) if self.attempts > 1 else []
+        worked = "|".join(";".join(one) for one in [*misses, steps]) + self.mark.write(expression)
         data = {"numbers": shown, "target": target}
         return f"{sorted(shown)} {target}", Problem(prompt, expression, worked, data)
+
+
+def _misses(numbers: list[int], target: int, count: int, draws: Draws) -> list[list[str]]:
+    """The steps of so many other ways, all different, that make something else; fewer where there are few."""
+    found: list[list[str]] = []
+    for _ in range(10 * count):
+        made, _, steps = _solution(numbers, draws)
+        if len(found) < count and made != target and steps not in found:
+            found.append(steps)
+    return found
 
 
 def _solution(numbers: list[int], draws: Draws) -> tuple[int, str, list[str]]:
