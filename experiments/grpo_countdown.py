@@ -24,13 +24,13 @@ from research.rl.rollout import Rollouts
 from research.scaling.table import Table
 from research.train.experiment import AdamW, Experiment, Init, Steps
 
-TASK = Countdown(count=3, largest=20, targets=(5, 99), prompt="{numbers}>{target}:", mark=Marked("#"))
-SPEECH = Speech(Bytes(), PLAIN, prompt_length=16, max_tokens=40)
+TASK = Countdown(count=3, largest=20, targets=(5, 99), attempts=3, prompt="{numbers}>{target}:", mark=Marked("#"))
+SPEECH = Speech(Bytes(), PLAIN, prompt_length=16, max_tokens=96)  # there is room for six attempts
 
 
 def cold_start() -> Experiment:
     source = ChatSource(
-        corpus=Worked(TASK, count=2000), tokenizer=Bytes(), template=PLAIN, batch_size=32, sequence_length=96
+        corpus=Worked(TASK, count=2000), tokenizer=Bytes(), template=PLAIN, batch_size=32, sequence_length=112
     )
     return replace(
         base.cold_start(0),
