@@ -25,7 +25,7 @@ from research.scaling.table import Table
 from research.train.experiment import AdamW, Experiment, Init, Steps
 
 TASK = Countdown(count=3, largest=20, targets=(5, 99), attempts=3, prompt="{numbers}>{target}:", mark=Marked("#"))
-SPEECH = Speech(Bytes(), PLAIN, prompt_length=16, max_tokens=96)  # there is room for six attempts
+SPEECH = Speech(Bytes(), PLAIN, prompt_length=16, max_tokens=72)  # there is room for four attempts
 
 
 def cold_start() -> Experiment:
@@ -44,7 +44,7 @@ def cold_start() -> Experiment:
 def grpo() -> Experiment:
     return replace(
         base.grpo(0),
-        source=Rollouts(TASK, SPEECH, prompts=16, samples=16),
+        source=Rollouts(TASK, SPEECH, prompts=16, samples=8),
         length=Steps(600),
         init=Init(stage("cold")),
         evals=(Solve(TASK, SPEECH, problems=512, samples=16, every=100),),
