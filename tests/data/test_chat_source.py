@@ -31,7 +31,7 @@ from research.data.sources import (
 from research.data.tokenizers import Bytes, Characters, SentencePiece
 from research.objectives.next_token import NextToken
 from tests import tiny
-from tests.data.batches import NAMES, as_numpy, assert_same
+from tests.data.batches import NAMES, as_numpy, assert_resumes, assert_same
 from tests.data.conftest import some_text
 
 LENGTH = 128
@@ -225,16 +225,7 @@ def test_what_a_batch_holds_and_hosts_rows_join_into_it(source, context):
 
 @pytest.mark.parametrize("k", [0, 1, 7])
 def test_resuming_at_a_step_continues_the_stream(source, context, k):
-    stream, ahead = source.start(context), []
-    for step in range(k + 3):
-        if step == k:
-            state = json.loads(json.dumps(stream.get_state()))
-        ahead.append(as_numpy(stream.next(None, step)))
-    resumed = source.start(context)
-    resumed.set_state(state)
-    assert resumed.get_state() == state and len(json.dumps(state)) < 500
-    for step in range(k, k + 3):
-        assert_same(resumed.next(None, step), ahead[step])
+    assert_resumes(source, context, k)
 
 
 def test_a_state_of_other_data_names_what_changed(source, context, chats):

@@ -20,7 +20,7 @@ from research.data.pipeline import DataError, TextSource
 from research.data.sources import Mixture, Synthetic, TextFolder
 from research.data.tokenizers import Bytes, Characters, SentencePiece
 from tests.data import two_processes
-from tests.data.batches import NAMES, as_numpy, assert_same
+from tests.data.batches import NAMES, as_numpy, assert_resumes, assert_same
 
 
 @pytest.fixture
@@ -111,18 +111,7 @@ def test_two_processes_build_one_batch_each_its_own_rows(source, context, tmp_pa
 
 @pytest.mark.parametrize("k", [0, 1, 7, 40])
 def test_resuming_at_a_step_continues_the_stream(source, context, k):
-    stream = source.start(context)
-    ahead = []
-    for step in range(k + 3):
-        if step == k:
-            state = json.loads(json.dumps(stream.get_state()))
-        ahead.append(as_numpy(stream.next(None, step)))
-    resumed = source.start(context)
-    resumed.set_state(state)
-    assert resumed.get_state() == state and len(json.dumps(state)) < 500
-    for step in range(k, k + 3):
-        assert_same(resumed.next(None, step), ahead[step])
-    assert resumed.get_state() == stream.get_state()
+    assert_resumes(source, context, k)
 
 
 def test_another_batch_size_goes_on_at_the_same_row(source, context):
