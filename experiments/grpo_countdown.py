@@ -24,13 +24,13 @@ from research.rl.rollout import Rollouts
 from research.scaling.table import Table
 from research.train.experiment import AdamW, Experiment, Init, Steps
 
-TASK = Countdown(count=3, largest=20, targets=(5, 99), attempts=3, prompt="{numbers}>{target}:", mark=Marked("#"))
-SPEECH = Speech(Bytes(), PLAIN, prompt_length=16, max_tokens=72)  # there is room for four attempts
+TASK = Countdown(count=3, largest=20, targets=(5, 99), prompt="{numbers}>{target}:", mark=Marked("#"))
+SPEECH = Speech(Bytes(), PLAIN, prompt_length=16, max_tokens=40)
 
 
 def cold_start() -> Experiment:
     source = ChatSource(
-        corpus=Worked(TASK, count=2000), tokenizer=Bytes(), template=PLAIN, batch_size=32, sequence_length=112
+        corpus=Worked(TASK, count=2000), tokenizer=Bytes(), template=PLAIN, batch_size=32, sequence_length=96
     )
     return replace(
         base.cold_start(0),
@@ -44,8 +44,8 @@ def cold_start() -> Experiment:
 def grpo() -> Experiment:
     return replace(
         base.grpo(0),
-        source=Rollouts(TASK, SPEECH, prompts=16, samples=8),
-        length=Steps(600),
+        source=Rollouts(TASK, SPEECH, prompts=16, samples=16),
+        length=Steps(1000),
         init=Init(stage("cold")),
         evals=(Solve(TASK, SPEECH, problems=512, samples=16, every=100),),
     )
