@@ -30,7 +30,7 @@ SPEECH = Speech(Bytes(), PLAIN, prompt_length=16, max_tokens=40)
 
 def cold_start() -> Experiment:
     source = ChatSource(
-        corpus=Worked(TASK, count=2000), tokenizer=Bytes(), template=PLAIN, batch_size=32, sequence_length=96
+        corpus=Worked(TASK, count=20000), tokenizer=Bytes(), template=PLAIN, batch_size=32, sequence_length=96
     )
     return replace(
         base.cold_start(0),
@@ -44,8 +44,9 @@ def cold_start() -> Experiment:
 def grpo() -> Experiment:
     return replace(
         base.grpo(0),
-        source=Rollouts(TASK, SPEECH, prompts=16, samples=16),
-        length=Steps(1000),
+        source=Rollouts(TASK, SPEECH, prompts=16, samples=16, rounds=3),
+        optimizer=replace(base.grpo(0).optimizer, peak=3e-4),
+        length=Steps(500),
         init=Init(stage("cold")),
         evals=(Solve(TASK, SPEECH, problems=512, samples=16, every=100),),
     )

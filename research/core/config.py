@@ -130,6 +130,33 @@ def mapped(change: Callable[[Any], Any], value: Any) -> Any:
     return value
 
 
+def check_types(value: Any, path: str = "") -> None:
+    """Raises ConfigError naming the first field of a dataclass tree that is none of the choices of its annotation, or
+    is a number or text where a part is needed. Annotations in forms not known here let all pass."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for name, annotation in field_types(type(value)).items():
+            child, where = getattr(value, name), f"{path}.{name}" if path else name
+            members = union_members(annotation)
+            if not any(_may_be(child, member) for member in members):
+                raise ConfigError(f"{where} is {child!r}: it must be {_describe(members)}.")
+            check_types(child, where)
+    elif isinstance(value, Mapping):
+        for key, child in value.items():
+            check_types(child, f"{path}[{key!r}]")
+    elif isinstance(value, tuple | list):
+        for index, child in enumerate(value):
+            check_types(child, f"{path}.{index}")
+
+
+def _may_be(value: Any, member: Any) -> bool:
+    if typing.get_origin(member) is typing.Literal:
+        return value in typing.get_args(member)
+    if member is type(None):
+        return value is None
+    part = isinstance(member, type) and (dataclasses.is_dataclass(member) or getattr(member, "_is_protocol", False))
+    return not (part and (value is None or isinstance(value, bool | int | float | str | type)))
+
+
 def short_types(record: Any) -> Any:
     """A JSON record with classes by name alone, without the module that holds them."""
     if isinstance(record, dict):
@@ -284,7 +311,6 @@ def _describe(members: tuple[Any, ...]) -> str:
         elif member is type(None):
             words.append("none")
         else:
-            words.append(
-                {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(member, str(member))
-            )
+            plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+            words.append(plain.get(member) or getattr(member, "__name__", str(member)))
     return " or ".join(words)

@@ -9,9 +9,9 @@ sampler_log_probs; and where there are such, old_log_probs (of the policy before
 reference_log_probs; temperature, the sampler's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,19 @@ class Grpo:
             told = ", ".join(f"{name} {value}" for name, value in given.items())
             raise UserError(f"Grpo's settings must be at least 0; given {told}.")
 
+    def check(self, experiment: Any) -> None:
+        """Raises UserError where the experiment's source or frozen models lack what the loss takes."""
+        source, shapes = experiment.source, experiment.source.batch_shapes()
+        if "advantages" not in shapes:
+            raise UserError(
+                f"Grpo learns from responses with advantages, and {type(source).__name__} gives none: set source to "
+                "Rollouts(...), or objective to NextToken()."
+            )
+        if self.importance_cap:
+            _old(shapes)
+        if self.beta:
+            self._check_reference({**experiment.frozen, **shapes})
+
     def __call__(self, policy: Policy, frozen: Mapping[str, Policy], batch: Batch, key: Array | None) -> Loss:
         output = policy.forward(batch, key=key)
         return self.loss(output, response_log_probs(policy, output, batch, self.chunk), frozen, batch)
@@ -137,14 +150,17 @@ class Grpo:
         lengths_B = jnp.maximum(jnp.sum(mask_BC, axis=1), 1.0)
         return WeightedSum(jnp.sum(jnp.sum(masked_BC, axis=1) / lengths_B), responses)
 
-    def _reference(self, frozen: Mapping[str, Policy], batch: Batch) -> Array:
-        if "reference_log_probs" in batch:
-            return batch["reference_log_probs"]
-        if REFERENCE not in frozen:
+    def _check_reference(self, given: Container[str]) -> None:
+        if REFERENCE not in given and "reference_log_probs" not in given:
             raise UserError(
                 f"beta is {self.beta} and there is no frozen model {REFERENCE!r}: give the experiment "
                 f"frozen={{'{REFERENCE}': Init(...)}}, or beta=0."
             )
+
+    def _reference(self, frozen: Mapping[str, Policy], batch: Batch) -> Array:
+        if "reference_log_probs" in batch:
+            return batch["reference_log_probs"]
+        self._check_reference(frozen)
         reference = frozen[REFERENCE]
         return jax.lax.stop_gradient(
             response_log_probs(reference, reference.forward(batch), batch, self.chunk).log_probs
@@ -183,7 +199,7 @@ def _surrogate(clip: Clip, ratio: Array, advantages: Array, log_probs: Array) ->
     return jnp.minimum(plain, clipped), lost.astype(jnp.float32)
 
 
-def _old(batch: Batch) -> Array:
+def _old(batch: Mapping[str, Any]) -> Any:
     if "old_log_probs" not in batch:
         raise UserError(
             "importance_cap needs the policy's log-probabilities beside the sampler's: set rescore=True on the source."

@@ -49,6 +49,15 @@ class NextToken:
                 f"chunk, z_loss and ahead must be at least 0; given {self.chunk}, {self.z_loss} and {self.ahead}."
             )
 
+    def check(self, experiment: Any) -> None:
+        """Raises UserError where the experiment's source has no target for each token."""
+        source, shapes = experiment.source, experiment.source.batch_shapes()
+        if shapes["targets"].shape != shapes["tokens"].shape:
+            raise UserError(
+                f"NextToken learns every token of a row, and {type(source).__name__} has targets for responses alone: "
+                "set objective to Grpo(...) or Ppo(...)."
+            )
+
     def __call__(self, policy: Policy, frozen: Mapping[str, Policy], batch: Batch, key: Array | None) -> Loss:
         del frozen
         output = policy.forward(batch, key=key)

@@ -4,8 +4,9 @@
 Its batches have values and returns [B, C] besides, from a source whose advantage is ``Gae``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -30,9 +31,18 @@ class Ppo:
                 f"{self.value_clip}."
             )
 
+    def check(self, experiment: Any) -> None:
+        """Raises UserError where the experiment's source or model lacks what the loss takes."""
+        self.policy.check(experiment)
+        _check_returns(experiment.source.batch_shapes())
+        if not experiment.model.value_head:
+            raise UserError(
+                "Ppo learns values, and the model has no value head: set model.value_head to True, and where it begins "
+                "from the weights of a model without one, init to Init(..., model=that model)."
+            )
+
     def __call__(self, policy: Policy, frozen: Mapping[str, Policy], batch: Batch, key: Array | None) -> Loss:
-        if "returns" not in batch:
-            raise UserError("Ppo learns values, and its batches have none: set the source's advantage to Gae().")
+        _check_returns(batch)
         output = policy.forward(batch, key=key)
         loss = self.policy.loss(output, response_log_probs(policy, output, batch, self.policy.chunk), frozen, batch)
         mask_BC, before_BC, returns_BC = (batch[name] for name in ("weights", "values", "returns"))
@@ -47,3 +57,8 @@ class Ppo:
             terms={**loss.terms, "value": Term(self.value_coefficient, value)},
             metrics={**loss.metrics, "value": expected},
         )
+
+
+def _check_returns(given: Container[str]) -> None:
+    if "returns" not in given:
+        raise UserError("Ppo learns values, and its batches have none: set the source's advantage to Gae().")

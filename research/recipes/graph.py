@@ -15,8 +15,9 @@ from typing import Any
 from research.core.config import mapped
 from research.core.files import read_json
 from research.core.types import UserError
+from research.train import weights
+from research.train.checkpoint import RESULT
 from research.train.experiment import Experiment
-from research.train.loop import RESULT
 
 PREFIX = "stage:"
 
@@ -61,6 +62,20 @@ def order(experiments: Mapping[str, Experiment]) -> list[str]:
         found.append(ready)
         waiting.remove(ready)
     return found
+
+
+def check(experiments: Mapping[str, Experiment]) -> None:
+    """Raises UserError naming the first experiment of which it can be told now that it will not run: by its settings,
+    or as the models of the stages that it begins from are others."""
+    for name, experiment in experiments.items():
+        try:
+            experiment.check()
+            for init in filter(None, (experiment.init, *experiment.frozen.values())):
+                if (begun := _stage_of(init)) is not None:
+                    own, wanted = experiments[begun].model, init.model or experiment.model
+                    weights.check_fits(own, wanted, experiment.precision, f"the stage {begun!r}")
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
 
 
 def resolved(experiment: Experiment, directory: Path, stages: Mapping[str, Experiment] | None = None) -> Experiment:

@@ -16,7 +16,7 @@ from research.rl import record as samples
 from research.scaling import canvas, page
 from research.scaling.table import Table, write_csv
 from research.train import metrics
-from research.train.loop import RESULT
+from research.train.checkpoint import RESULT
 
 COLOURS = (canvas.BLUE, canvas.VERMILION, canvas.GREEN, canvas.ORANGE, canvas.SKY, canvas.BLACK)
 LINES = ("-", "--", ":")

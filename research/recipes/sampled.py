@@ -33,7 +33,8 @@ class Sampled:
     checkpoint: a run's folder, or a stage of the study; content: the hash of the weights there (see ``Init``).
     problems, validation_problems: how many of each split are asked, from number ``first`` on; samples: answers to each,
     at ``temperature``. keep: at most so many different ones of a problem, the first whose ``reward`` (None: the task's
-    verifier) is at least ``least``. Answers that were cut off are never kept. What was sampled is cached by content,
+    verifier) is at least ``least``. Answers that were cut off are never kept, and problems whose prompts are too long
+    not asked. What was sampled is cached by content,
     some problems at a time, so that a process that is killed goes on where it was.
     """
 
@@ -69,11 +70,17 @@ class Sampled:
         count = self.problems if split == "train" else self.validation_problems
         size = self.task.size(split)
         end = self.first + count if size is None else min(self.first + count, size)
-        model = _Model(self, Path(cache_dir))
+        model, found = _Model(self, Path(cache_dir)), 0
         for start in range(self.first, end, CHUNK):
             chosen = range(start, min(start + CHUNK, end))
             for record in _chunk(folder / f"{split}-{chosen.start}-{chosen.stop}", model, split, chosen):
+                found += 1
                 yield tuple(Message(*message) for message in record)
+        if split == "train" and not found:
+            raise UserError(
+                f"No answer of {self.checkpoint} to {end - self.first} problems was finished and worth at least "
+                f"{self.least}: begin from a better model, ask more problems or take more samples."
+            )
 
     def documents(self, split: str, *, cache_dir: Path) -> Iterator[str]:
         return texts(self.conversations(split, cache_dir=cache_dir))
@@ -98,7 +105,8 @@ class _Model:
         reward = corpus.reward or corpus.task.verifier
         mesh = jax.sharding.get_mesh()
         mesh = make_mesh(MeshSpec()) if mesh.empty else mesh
-        problems = [corpus.task.problem(split, index) for index in chosen]
+        asked = (corpus.task.problem(split, index) for index in chosen)
+        problems = [problem for problem in asked if self.speaker.fits(problem)]
         with jax.set_mesh(mesh):
             if self._policy is None:
                 found = weights.describe(corpus.checkpoint)

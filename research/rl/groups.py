@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups of responses to one prompt: what each is worth, the rows they become, and what there is to say of them."""
 
+import math
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
@@ -9,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from research.core.types import Metrics
+from research.core.types import Metrics, UserError
 from research.evals.tasks.base import Problem, Response, Reward
 from research.models.bound import Bound
 from research.rl.advantages import is_equal
@@ -40,12 +42,29 @@ class Group(NamedTuple):
 
 
 def graded(reward: Reward, problem: Problem, response: Response) -> dict[str, float]:
-    """A response's reward, and its parts by name; a reward without parts is its own."""
-    if isinstance(reward, Weighted):
-        values = reward.components(problem, response)
-        return {TOTAL: reward.total(values), **values}
-    value = float(reward.score(problem, response))
-    return {TOTAL: value, CORRECT: value}
+    """A response's reward, and its parts by name; a reward without parts is its own. Raises UserError naming the line
+    where a reward fails, or what it gave that is no finite number."""
+    try:
+        if isinstance(reward, Weighted):
+            values = reward.components(problem, response)
+            found = {TOTAL: reward.total(values), **values}
+        else:
+            value = float(reward.score(problem, response))
+            found = {TOTAL: value, CORRECT: value}
+    except UserError:
+        raise
+    except Exception as error:  # of a reward of the user's own
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"The reward {type(reward).__name__} fails with {type(error).__name__}: {error} (line {place.lineno} of "
+            f"{place.filename}): mend it, and the run goes on from its last checkpoint."
+        ) from error
+    if bad := [f"{name or 'the sum'} is {value}" for name, value in found.items() if not math.isfinite(value)]:
+        raise UserError(
+            f"The reward {type(reward).__name__} of a response to {problem.prompt[:60]!r} is no finite number "
+            f"({', '.join(bad)}): mend it, and the run goes on from its last checkpoint."
+        )
+    return found
 
 
 def grouped(problems: Sequence[Problem], answers: Sequence[Answer], grades: Sequence[dict[str, float]]) -> list[Group]:

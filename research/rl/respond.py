@@ -76,15 +76,22 @@ class Speaker:
         self.tokenizer = speech.tokenizer_for(cache_dir)
         self.settings = Settings(sampling(temperature=temperature), stop=speech.template.stop(self.tokenizer))
 
+    def fits(self, problem: Problem) -> bool:
+        """Whether its prompt has at most ``prompt_length`` tokens."""
+        return len(self._ids(problem)) <= self.speech.prompt_length
+
     def prompt(self, problem: Problem) -> np.ndarray:
         """Ids [tokens]. Raises UserError where they are more than ``prompt_length``."""
-        ids = self.speech.template.prompt(self.tokenizer, self.speech.messages(problem))
+        ids = self._ids(problem)
         if len(ids) > self.speech.prompt_length:
             raise UserError(
                 f"A prompt has {len(ids)} tokens and prompt_length is {self.speech.prompt_length}: raise it "
                 f"({problem.prompt[:60]!r})."
             )
         return ids
+
+    def _ids(self, problem: Problem) -> np.ndarray:
+        return self.speech.template.prompt(self.tokenizer, self.speech.messages(problem))
 
     def ask(
         self, policy: Bound, problems: Sequence[Problem], *, samples: int, seeds: tuple[Any, ...]

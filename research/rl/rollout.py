@@ -27,7 +27,7 @@ from research.core.sharding import (
 from research.core.types import Batch, Context, Metrics, UserError
 from research.data.packing import order
 from research.data.tokenizers import Tokenizer
-from research.evals.tasks.base import Reward, Task
+from research.evals.tasks.base import Problem, Reward, Task
 from research.models.bound import Bound
 from research.objectives.grpo import REFERENCE, estimated_kl
 from research.rl.advantages import Advantage, Gae, GroupRelative, LeaveOneOut, Rewarded
@@ -38,6 +38,7 @@ from research.rl.respond import Speaker, Speech, seed_of
 from research.rl.rewards.learned import LearnedReward, learned
 from research.rl.score import score
 
+PASSED_OVER = 1000  # problems in a row that are too long, for each that is wanted, before it is an error
 PROBLEMS_OF_A_SEED = 1 << 20  # of endless tasks: each seed has its own, after the first ones, which serve as examples
 
 
@@ -51,6 +52,7 @@ class Rollouts:
     epochs, minibatches: how often a rollout is gone through, in how many steps each time.
     staleness: rollouts that the sampler lags behind: with 1, the next is sampled while this one is trained on (on one
         device; on several, before it).
+    Problems whose prompts are longer than ``speech.prompt_length`` are passed over; prompts/too_long is their share.
     rounds: with more than 1, groups whose rewards are all equal are drawn again from further problems, so many times
         at most (dynamic sampling: Yu et al. 2025, section 3.2).
     overlong: responses that were cut off are learnt from ("train") or not ("mask", overlong filtering: section 3.4).
@@ -143,13 +145,17 @@ class Rollouts:
     def start(self, context: Context) -> "RolloutStream":
         check_mesh(context.mesh.shape, batch_splits(self.batch_size, self.sequence_length))
         check_mesh(context.mesh.shape, batch_splits(self.batch_size, self.speech.max_tokens))
+        self.check(context)
+        return RolloutStream(self, context)
+
+    def check(self, experiment: Any) -> None:
+        """Raises UserError where a frozen model is not there that rewards need."""
         asked = {reward.model: f"The learned reward {reward.name!r}" for reward in self.learned}
         for name, who in ((asked | {REFERENCE: "kl_penalty"}) if self.kl_penalty else asked).items():
-            if name not in context.frozen:
+            if name not in experiment.frozen:
                 raise UserError(
                     f"{who} asks the frozen model {name!r}: give the experiment frozen={{'{name}': Init(...)}}."
                 )
-        return RolloutStream(self, context)
 
 
 class Rollout(NamedTuple):
@@ -250,8 +256,10 @@ class RolloutStream:
 
     def _rollout(self, policy: Bound, number: int, step: int) -> Rollout:
         began = time.perf_counter()
+        cursor = self._cursor
         groups, drawn, generation = self._groups(policy, number)
         report = summary(groups, drawn)
+        report["prompts/too_long"] = 1 - len(drawn) / (self._cursor - cursor)
         report |= {"seconds/generation": generation, "seconds/reward": time.perf_counter() - began - generation}
         rows = assembled(self.speaker, groups, self.source.temperature)
         return Rollout(rows, report, list(records(groups[: self.source.recorded])), step)
@@ -275,13 +283,24 @@ class RolloutStream:
 
     def _asked(self, policy: Bound, count: int, seeds: tuple[Any, ...]) -> tuple[list[Group], float]:
         """Answers to the next problems, and the seconds of sampling them."""
-        problems = [self.source.task.problem("train", self._index(self._cursor + i)) for i in range(count)]
-        self._cursor += count
+        problems = self._problems(count)
         how = dict(samples=self.source.samples, seeds=seeds, scorers=self._scorers)
         groups, seconds = answered(self.speaker, policy, problems, self.reward, **how)
         for reward in self.source.learned:
             groups = self._learned(reward, groups)
         return groups, seconds
+
+    def _problems(self, count: int) -> list[Problem]:
+        """The next so many whose prompts are not too long. Raises UserError where too many in a row are."""
+        found, first = list[Problem](), self._cursor
+        while len(found) < count:
+            problem = self.source.task.problem("train", self._index(self._cursor))
+            if self.speaker.fits(problem):
+                found.append(problem)
+            elif self._cursor - first >= PASSED_OVER * (1 + len(found)):
+                self.speaker.prompt(problem)  # which says so
+            self._cursor += 1
+        return found
 
     def _learned(self, reward: LearnedReward, groups: list[Group]) -> list[Group]:
         """Groups with what a model gives besides."""

@@ -26,6 +26,7 @@ from research.train.places import absolute, is_remote, place
 from research.train.state import TrainState
 
 FOLDER = "checkpoints"
+RECORD, RESULT = "experiment.json", "result.json"  # of a run, beside that
 COMMITTED = "commit_success.txt"  # as Orbax marks a whole one in a bucket
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from research.core.config import config_hash, mapped, to_json
+from research.core.config import check_types, config_hash, mapped, to_json
 from research.core.sharding import MeshSpec
 from research.core.types import Eval, Objective, Precision, Source, UserError
 from research.models.decoder import Decoder
@@ -113,7 +113,9 @@ class Experiment:
         return [evaluation.name for evaluation in self.evals]
 
     def check(self) -> None:
-        """Raises UserError for what can be told wrong before anything is loaded."""
+        """Raises UserError for what can be told wrong before anything is loaded. A part that depends on others may say
+        what it needs of them, by a method ``check(experiment)``."""
+        check_types(self)
         if len(set(self.eval_names)) < len(self.evals):
             raise UserError(f"Two evals have one name among {self.eval_names}: name them apart, by their field name.")
         if not self.length.count > 0:
@@ -135,6 +137,9 @@ class Experiment:
             raise UserError(
                 f"seed must be below 2^32 and ema at least 0 and below 1; given {self.seed} and {self.ema}."
             )
+        for part in (self.objective, self.source):
+            if (check := getattr(part, "check", None)) is not None:
+                check(self)
 
     def record(self) -> Any:
         """The experiment's JSON."""

@@ -17,7 +17,7 @@ from research.core.files import read_json, write_json
 from research.core.types import Context, EvalRun, Stream, UserError
 from research.scaling import cost
 from research.train import hardware, hosts, metrics, provenance, watchdog, weights
-from research.train.checkpoint import Checkpointer, check_unchanged
+from research.train.checkpoint import RECORD, RESULT, Checkpointer, check_unchanged
 from research.train.experiment import CheckpointPolicy, Experiment
 from research.train.interrupt import Interrupt
 from research.train.monitor import Monitor
@@ -25,8 +25,6 @@ from research.train.progress import Progress, Silent
 from research.train.start import Program, check_fits, first_state
 from research.train.state import TrainState
 from research.train.watchdog import Watchdog
-
-RECORD, RESULT = "experiment.json", "result.json"
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class MetricsWriter:
         """Opens a run's files to go on after ``step``: later lines, and TensorBoard's record of them, go."""
         self.directory = directory
         kept = [line for line in read(directory) if line["step"] <= step]
-        self.seconds = kept[-1].get("seconds", 0.0) if kept else 0.0
+        self.seconds = next((line["seconds"] for line in reversed(kept) if "seconds" in line), 0.0)
         temporary = directory / (FILE + ".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, directory / FILE)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from research.core import sharding
-from research.core.types import Stream
+from research.core.files import read_json
+from research.core.types import Stream, UserError
 from research.models.bound import Bound
 from research.train import checkpoint, hosts, state, step, weights
 from research.train.experiment import Experiment, Init
@@ -69,6 +70,7 @@ def first_state(program: Program, checkpoints: checkpoint.Checkpointer, stream: 
     init = experiment.init
     if init is None:
         return program.fresh()
+    _check_tokenizer(init, stream)
     if init.parts == "weights":
         given, fresh = program.load(init), program.fresh()
         params = {**fresh.params, **given.params}  # the checkpoint's model may lack a value head
@@ -81,6 +83,17 @@ def first_state(program: Program, checkpoints: checkpoint.Checkpointer, stream: 
         return _restore(program, other, last, stream, None)
     finally:
         other.close()
+
+
+def _check_tokenizer(init: Init, stream: Stream) -> None:
+    """Raises UserError where the run that the weights come from had another tokenizer, as far as is known."""
+    before = read_json(checkpoint.locate(init.checkpoint)[0] / checkpoint.RESULT) or {}
+    given, now = before.get("data", {}).get("tokenizer"), stream.info.get("tokenizer")
+    if given is not None and now is not None and given != now:
+        raise UserError(
+            f"The weights in {init.checkpoint} were trained with the tokenizer {given}, and this run's is {now}, in "
+            "which ids mean other texts: give both the same tokenizer, trained on the same corpus."
+        )
 
 
 def _restore(

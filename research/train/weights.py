@@ -5,6 +5,7 @@ elsewhere written as a checkpoint that ``Init`` takes."""
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,17 +68,24 @@ def load(path: str | os.PathLike, model: Decoder, precision: Precision, mesh: Me
         own = describe(path).model
     except Exception:  # of a study that is not here, or of no checkpoint: reading it says so
         own = None
-    if own is not None and own.shapes(precision) != shapes:
-        found = config.differences(*(config.short_types(config.to_json(one)) for one in (own, model)))
-        raise CheckpointError(
-            f"The parameters in {path} do not fit the model asked for ({'; '.join(found[:4])}): take over the "
-            "checkpoint's model."
-        )
+    if own is not None:
+        check_fits(own, model, precision, str(path))
     params = checkpoint.load_params(path, shapes, sharding.tree_shardings(mesh, shapes, model.logical_axes()))
     buffers = jax.eval_shape(model.init_buffers)
     if jax.tree.leaves(buffers):
         buffers = _buffers(path, buffers, mesh)
     return model.bind(params, buffers, precision, platform=mesh.devices.flat[0].platform)
+
+
+def check_fits(own: Decoder, model: Decoder, precision: Precision, where: str) -> None:
+    """Raises CheckpointError where the parameters of one model are not those of the other. where: its own lie."""
+    if own.shapes(precision) == model.shapes(precision):
+        return
+    found = config.differences(*(config.short_types(config.to_json(one)) for one in (own, model)))
+    mend = "take over the checkpoint's model"
+    if replace(own, value_head=model.value_head) == model:
+        mend = "give Init(..., model=the checkpoint's model), and the value head begins afresh"
+    raise CheckpointError(f"The parameters in {where} do not fit the model asked for ({'; '.join(found[:4])}): {mend}.")
 
 
 def _buffers(path: str | os.PathLike, shapes: Params, mesh: Mesh) -> Params:

@@ -7,6 +7,8 @@ import pytest
 
 from research.core import config
 from research.core.config import ConfigError, config_hash, from_json, override, to_json
+from research.evals.validation import Validation
+from research.objectives.grpo import Clip, Grpo
 from research.train.experiment import Experiment, Tokens
 from tests import tiny
 
@@ -81,6 +83,24 @@ def test_override_errors_name_what_is_allowed(assignment, words):
         override(tiny.experiment(), assignment)
     assert all(word in str(error.value) for word in words), str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(objective=Grpo(normaliser="token")), ["objective.normaliser is 'token'", "response, tokens, constant"]),
+        (dict(objective=Grpo(clip=Clip(form="min"))), ["objective.clip.form is 'min'", "one of"]),
+        (dict(init="stage:sft"), ["init is 'stage:sft'", "Init or none"]),
+        (dict(objective=Grpo), ["objective is <class", "Objective"]),
+        (dict(model=None), ["model is None", "Decoder"]),
+        (dict(evals=(Validation(None, Grpo(ratio="seq")),)), ["evals.0.source is None"]),
+    ],
+)
+def test_choices_that_there_are_not_and_text_in_the_place_of_a_part_are_refused(change, words):
+    with pytest.raises(ConfigError) as error:
+        config.check_types(replace(tiny.experiment(), **change))
+    assert all(word in str(error.value) for word in words), str(error.value)
+    config.check_types(tiny.experiment())
 
 
 def test_a_record_of_another_version_is_refused_by_name():

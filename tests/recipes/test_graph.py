@@ -10,8 +10,8 @@ from launch import sweep as sweeps
 from launch.study import Study
 from research.core.files import read_json
 from research.core.types import UserError
-from research.recipes.graph import Waiting, inputs, order, resolved, stage
-from research.train import weights
+from research.recipes.graph import Waiting, check, inputs, order, resolved, stage
+from research.train import loop, weights
 from research.train.checkpoint import CheckpointError
 from research.train.experiment import Init
 from tests import tiny
@@ -31,6 +31,30 @@ def test_inputs_come_first_and_circles_are_told():
         order({"second": experiments["second"]})
     with pytest.raises(UserError, match="wait for each other"):
         order(experiments | {"first": replace(experiments["first"], init=Init(stage("third")))})
+
+
+def test_what_will_not_run_is_told_before_the_first_stage_does(tmp_path):
+    experiments = {name: one for name, one in stages().items() if name != "third"}
+    valued = replace(experiments["second"], model=replace(tiny.MODEL, value_head=True))
+    for changed, told in (
+        (replace(experiments["second"], model=replace(tiny.MODEL, d_model=64)), "take over the checkpoint's model"),
+        (valued, "model=the checkpoint's model.*value head begins afresh"),
+        (replace(experiments["second"], log_every=0), "log_every is 0"),
+    ):
+        with pytest.raises(UserError, match=f"^second: .*{told}"):
+            sweeps.sweep(Study("graph", "graph.py", experiments | {"second": changed}, None), tmp_path)
+    assert not list(tmp_path.iterdir())
+    check(experiments | {"second": replace(valued, init=Init(stage("first"), model=tiny.MODEL))})
+
+
+def test_weights_of_another_tokenizer_are_refused(tmp_path, cache_dir):
+    first = replace(tiny.experiment(steps=2), evals=())
+    loop.run(first, tmp_path / "first", loop.Options(cache_dir=cache_dir))
+    path = tmp_path / "first" / "result.json"
+    path.write_text(path.read_text().replace(read_json(path)["data"]["tokenizer"], "another"))
+    second = replace(first, init=Init(str(tmp_path / "first")))
+    with pytest.raises(UserError, match="were trained with the tokenizer .* give both the same tokenizer"):
+        loop.run(second, tmp_path / "second", loop.Options(cache_dir=cache_dir))
 
 
 def test_a_sweep_runs_stages_in_order_and_does_again_what_has_other_inputs(tmp_path, monkeypatch, capsys):

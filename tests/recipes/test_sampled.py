@@ -97,6 +97,11 @@ def test_a_stage_learns_from_another_ones_answers(trained, tmp_path):
     assert result["data"]["train_documents"] > 0
 
 
+def test_a_model_without_a_right_answer_is_told_of(trained):
+    with pytest.raises(UserError, match="No answer of .* to 80 problems was finished and worth at least 2.0"):
+        list(corpus(trained, least=2.0).conversations("train", cache_dir=trained / "cache"))
+
+
 def test_the_report_shows_what_runs_solve_and_say(trained, tmp_path):
     (tmp_path / "rl").symlink_to(trained / "rl")
     runs = Table(tuple(Run(name, 1, 1, 1, 1.0, status=s) for name, s in (("rl", "finished"), ("lost", "failed"))))

@@ -261,7 +261,7 @@ def test_weighted_and_gated():
     assert WEIGHTED.score(problem, response) == 1.25
     gated = Gated(Format("<t>...</t> ..."), WEIGHTED, closed=-0.5)
     assert gated.score(problem, response) == -0.5 and gated.score(problem, Response("<t></t>#### b")) == 1.25
-    for parts in ({}, {"a": (math.nan, Numeric())}):
+    for parts in ({}, {"a": (math.nan, Numeric())}, {"a": Numeric()}, {"a": ("1", Numeric())}, [(1.0, Numeric())]):
         with pytest.raises(UserError, match="Weighted needs"):
             Weighted(parts)
 

@@ -19,6 +19,7 @@ from research.core.types import Context, Precision, UserError
 from research.data.chat import ChatTemplate
 from research.evals.tasks.base import Problem, Response
 from research.objectives.grpo import Clip, Grpo, response_log_probs
+from research.objectives.next_token import NextToken
 from research.objectives.ppo import Ppo
 from research.rl import record
 from research.rl.advantages import BatchNormalised, Gae, GroupRelative, LeaveOneOut
@@ -28,6 +29,7 @@ from research.rl.rewards.length import SoftOverlong
 from research.rl.rewards.weighted import Weighted
 from research.train import ahead, loop, metrics
 from research.train.experiment import CheckpointPolicy, Init, Steps
+from tests import tiny
 from tests.conftest import ROOT
 from tests.rl import letters
 
@@ -352,6 +354,50 @@ def test_killed_in_mid_rollout_it_goes_on_to_the_same_rewards(tmp_path, cache_di
     assert record.read(tmp_path / "whole") == record.read(tmp_path / "killed")
 
 
+@dataclass(frozen=True)
+class Worth:
+    """A reward of the user's own: 1 over a number, which may be none."""
+
+    number: float | None
+
+    def score(self, problem, response):
+        return 1 / self.number
+
+
+@pytest.mark.parametrize(
+    ("reward", "told"),
+    [
+        (Worth(0), r"The reward Worth fails with ZeroDivisionError: .* \(line \d+ of .*test_rollout.py\)"),
+        (Weighted({"own": (1.0, Worth(None))}), "The reward Weighted fails with TypeError"),
+        (Worth(float("nan")), "The reward Worth of a response to 'p' is no finite number .*the sum is nan"),
+    ],
+)
+def test_a_reward_that_fails_is_named_with_its_line(reward, told):
+    with pytest.raises(UserError, match=told):
+        graded(reward, Problem("p", "a"), Response("a"))
+
+
+@dataclass(frozen=True)
+class SomeLong(letters.Letters):
+    """Every third problem does not fit."""
+
+    def problem(self, split, index):
+        plain = super().problem(split, index)
+        return plain if index % 3 else plain._replace(prompt=plain.prompt * 9)
+
+
+def test_problems_that_are_too_long_are_passed_over_and_counted(start):
+    stream, mesh = start(letters.rollouts(task=SomeLong()))
+    with mesh:
+        stream.next(policy(), 0)
+        assert stream.report()["prompts/too_long"] == pytest.approx(1 / 3, abs=0.15)
+        again, _ = start(letters.rollouts(task=SomeLong()))
+        again.set_state(json.loads(json.dumps(stream.get_state())))
+        for one in (stream, again):
+            one.next(policy(), 1)
+        assert stream.report()["reward"] == again.report()["reward"] and stream.get_state() == again.get_state()
+
+
 def test_mistakes_are_told_before_anything_is_sampled(tmp_path, cache_dir):
     for changes, told in (
         (dict(prompts=0), "source.prompts is 0"),
@@ -364,9 +410,18 @@ def test_mistakes_are_told_before_anything_is_sampled(tmp_path, cache_dir):
     long = letters.experiment(source=letters.rollouts(speech=replace(letters.SPEECH, prompt_length=2)))
     with pytest.raises(UserError, match="A prompt has . tokens and prompt_length is 2"):
         loop.run(long, tmp_path / "long", loop.Options(cache_dir=cache_dir))
-    without = letters.experiment(objective=Grpo(beta=0.1))
-    with pytest.raises(UserError, match="frozen model 'reference'"):
-        loop.run(without, tmp_path / "without", loop.Options(cache_dir=cache_dir))
+    for experiment, told in (
+        (letters.experiment(objective=Grpo(beta=0.1)), "frozen model 'reference'"),
+        (letters.experiment(source=letters.rollouts(kl_penalty=0.1)), "kl_penalty asks the frozen model 'reference'"),
+        (letters.experiment(objective=Grpo(importance_cap=2.0)), "set rescore=True"),
+        (letters.experiment(objective=Ppo()), "advantage to Gae"),
+        (letters.experiment(objective=Ppo(), source=letters.rollouts(advantage=Gae())), "has no value head"),
+        (letters.experiment(objective=NextToken()), "Rollouts has targets for responses alone"),
+        (replace(tiny.experiment(), objective=Grpo()), "TextSource gives none: set source to Rollouts"),
+        (letters.experiment(source=letters.rollouts(overlong="masked")), "source.overlong is 'masked'"),
+    ):
+        with pytest.raises(UserError, match=told):
+            loop.run(experiment, tmp_path / "without", loop.Options(cache_dir=cache_dir))
 
 
 def test_a_value_head_begins_afresh_beside_a_checkpoint(tmp_path, cache_dir):

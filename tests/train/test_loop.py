@@ -189,6 +189,13 @@ def test_lines_past_the_restored_step_are_dropped(tmp_path):
     assert metrics.read(tmp_path) == [{"step": 1, "a": 1}, {"step": 2, "a": 5.0, "b": "nan", "c": [0, 1]}]
 
 
+def test_the_clock_goes_on_where_a_restored_step_was_evaluated(tmp_path):
+    (tmp_path / metrics.FILE).write_text('{"step": 1, "seconds": 7.5}\n{"step": 1, "validation/loss": 2}\n')
+    writer = metrics.MetricsWriter(tmp_path, step=1)
+    writer.close()
+    assert writer.seconds == 7.5
+
+
 def test_records_past_the_restored_step_are_dropped_from_tensorboard(tmp_path):
     for first, last, restored in ((1, 7, 0), (4, 5, 3)):
         writer = metrics.MetricsWriter(tmp_path, step=restored)

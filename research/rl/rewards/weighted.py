@@ -16,8 +16,12 @@ class Weighted:
     parts: Mapping[str, tuple[float, Reward]] = field(hash=False)
 
     def __post_init__(self) -> None:
-        if not self.parts or not all(math.isfinite(weight) for weight, _ in self.parts.values()):
-            raise UserError("Weighted needs parts, each of a name, a finite weight and a reward.")
+        parts = self.parts.values() if isinstance(self.parts, Mapping) else ()
+        if not parts or not all(isinstance(part, tuple) and len(part) == 2 and _is_finite(part[0]) for part in parts):
+            raise UserError(
+                "Weighted needs parts, each of a name, a finite weight and a reward, as in "
+                f'Weighted({{"correct": (1.0, task.verifier)}}); given {self.parts!r}.'
+            )
 
     def components(self, problem: Problem, response: Response) -> dict[str, float]:
         """What each part gives, before its weight."""
@@ -29,6 +33,10 @@ class Weighted:
 
     def score(self, problem: Problem, response: Response) -> float:
         return self.total(self.components(problem, response))
+
+
+def _is_finite(weight: object) -> bool:
+    return isinstance(weight, int | float) and math.isfinite(weight)
 
 
 @dataclass(frozen=True)
