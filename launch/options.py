@@ -118,7 +118,7 @@ def add_study(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("study", help="a study file, or FILE:FUNCTION for another sweep in it")
     sub.add_argument(
         "--set", dest="overrides", metavar="PATH=VALUE", action="append", default=[],
-        help="change one field of every experiment, e.g. model.d_model=512 (repeatable)",
+        help="change a field of every run, e.g. model.d_model=512, or NAME.model.d_model=512 of one (repeatable)",
     )  # fmt: skip
 
 

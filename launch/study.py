@@ -5,7 +5,7 @@ import contextlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -37,7 +37,8 @@ class Study:
 
 
 def load(reference: str, overrides: Sequence[str] = ()) -> Study:
-    """Reads a study and applies ``path=value`` overrides to each of its experiments.
+    """Reads a study and applies ``path=value`` overrides to each of its experiments, ``NAME.path=value`` to the one of
+    that name.
 
     A study with overrides has a folder of its own, so that the plain study's runs stay as they are.
     """
@@ -62,10 +63,17 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Study:
         raise UserError(f"analyze in {path_text} is not a function: define analyze(runs, out), or leave it out.")
     changed = {}
     for name, experiment in experiments.items():
-        changed[name] = replace(override(experiment, *overrides), name=name)
+        owners = {assignment: _owner(assignment, experiments) for assignment in overrides}
+        mine = [one.strip().removeprefix(f"{name}.") for one, owner in owners.items() if owner in (None, name)]
+        changed[name] = replace(override(experiment, *mine), name=name)
     parts = [Path(path_text).stem] + ([function] if function != "sweep" else [])
     folder = "-".join(parts) + "".join("@" + re.sub(r"[^\w.=+-]", "_", o) for o in sorted(overrides))
     return Study(folder[:MAX_NAME], reference, changed, analyze, tuple(overrides))
+
+
+def _owner(assignment: str, names: Collection[str]) -> str | None:
+    """The experiment that an override is for, where it begins with its name."""
+    return max((name for name in names if assignment.strip().startswith(f"{name}.")), key=len, default=None)
 
 
 def load_module(path: Path) -> ModuleType:

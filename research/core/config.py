@@ -107,7 +107,10 @@ def resolve(name: str) -> type:
         for part in qualname.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"The configuration names {name!r}, which cannot be imported ({error}).") from error
+        raise ConfigError(
+            f"The configuration names {name!r}, which cannot be imported ({error}): put the folder that holds it on "
+            "PYTHONPATH."
+        ) from error
     if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
         raise ConfigError(f"The configuration names {name!r}, which is not a dataclass.")
     return found

@@ -17,6 +17,7 @@ import numpy as np
 
 from research.core.sharding import (
     MeshSpec,
+    Split,
     batch_sharding,
     batch_splits,
     check_mesh,
@@ -116,6 +117,11 @@ class Rollouts:
         return self.speech.prompt_length + self.speech.max_tokens
 
     @property
+    def splits(self) -> list[Split]:
+        """How a mesh divides the responses, which are shorter than the rows."""
+        return batch_splits(self.batch_size, self.speech.max_tokens)
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of a rollout."""
         return self.epochs * self.minibatches
@@ -143,8 +149,7 @@ class Rollouts:
         return {**ids, "targets": targets, **numbers}
 
     def start(self, context: Context) -> "RolloutStream":
-        check_mesh(context.mesh.shape, batch_splits(self.batch_size, self.sequence_length))
-        check_mesh(context.mesh.shape, batch_splits(self.batch_size, self.speech.max_tokens))
+        check_mesh(context.mesh.shape, batch_splits(self.batch_size, self.sequence_length) + self.splits)
         self.check(context)
         return RolloutStream(self, context)
 

@@ -18,7 +18,9 @@ from jax.sharding import AbstractMesh, AxisType
 
 from research.core.chips import Slice
 from research.core.roofline import Roofline
-from research.core.sharding import check_slices
+from research.core.sharding import check_slices, tree_shardings
+from research.core.types import Precision
+from research.models.decoder import Decoder
 from research.models.latent_attention import LatentAttention
 from research.models.moe import Moe
 from research.models.stack import AttentionKind
@@ -32,8 +34,8 @@ HEAD_CHUNK = 512  # tokens whose logits stand in memory at a time (``objectives.
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one chip. Bytes: state (parameters, moments), gradients, activations kept for the backward pass, and what the
-    layer or head in hand takes besides. roofline: of one optimizer step."""
+    """Of one chip. Bytes: state (parameters, moments, frozen models), gradients, activations kept for the backward
+    pass, and what the layer or head in hand takes besides. roofline: of one optimizer step."""
 
     state: float
     gradients: float
@@ -68,6 +70,10 @@ class _Step:
         model, source, size = experiment.model, experiment.source, self.size
         self.compute_bytes = np.dtype(experiment.precision.compute).itemsize
         shapes, layout = state.shapes_and_shardings(experiment, state.transformation(experiment), mesh)
+        frozen = [init.model or model for init in experiment.frozen.values()]
+        self.frozen_bytes = sum(_bytes(*_placed(one, experiment.precision, mesh)) for one in frozen)
+        length = source.sequence_length
+        self.frozen_flops = sum(cost.training_flops_per_token(one, sequence_length=length) / 3 for one in frozen)
         self.state_bytes = _bytes(shapes, layout)
         self.param_bytes = _bytes(shapes.params, layout.params)
         self.rows = source.batch_size / experiment.accumulate / (size["data"] * size["fsdp"] * size["expert"])
@@ -93,7 +99,8 @@ class _Step:
         head = logits + (self.head_params / size["tensor"] * (c + 4) if split else 0.0)  # and its gradient
         layer = one * whole + (self._layer_weights * c if split else 0.0)
         gradients = self.param_bytes * (2 if accumulated else 1)
-        return Estimate(self.state_bytes, gradients, one * self.layers * kept, max(layer, head), self._roofline(whole))
+        held = self.state_bytes + self.frozen_bytes
+        return Estimate(held, gradients, one * self.layers * kept, max(layer, head), self._roofline(whole))
 
     @property
     def _layer_weights(self) -> float:
@@ -113,12 +120,13 @@ class _Step:
         recomputed = experiment.model.remat == "full"
         passes = 4 if recomputed else 3
         chips = math.prod(size.values())
-        flops = experiment.flops_per_token * experiment.tokens_per_step / chips * passes / 3
+        a_token = experiment.flops_per_token * passes / 3 + self.frozen_flops
+        flops = a_token * experiment.tokens_per_step / chips
         if size["stage"] > 1:  # the pipeline's first and last ticks are not full
             parts = experiment.model.pipeline.microbatches
             flops *= (parts + size["stage"] - 1) / max(1, parts)
         weights = self._layer_weights * self.layers * c
-        hbm = 2 * self.state_bytes + 2 * self.param_bytes + micro * (
+        hbm = 2 * self.state_bytes + 2 * self.param_bytes + self.frozen_bytes + micro * (
             2 * passes * weights + 2 * passes * self.tokens * self.layers * whole * c / size["tensor"]
         )  # fmt: skip
         copies = size["fsdp"] * size["expert"] * size["context"]
@@ -165,6 +173,12 @@ def _products(attention: AttentionKind, d_model: int) -> int:
         small = attention.kv_rank + attention.rope_dim + attention.q_rank
         return small + attention.num_heads * (attention.width(d_model) + attention.nope_dim + 2 * attention.v_dim)
     return attention.width(d_model) * (2 * attention.num_heads + 2 * attention.kv_heads)
+
+
+def _placed(model: Decoder, precision: Precision, mesh: Any) -> tuple[Any, Any]:
+    """The shapes of a model's parameters, and how they lie."""
+    shapes = model.shapes(precision)
+    return shapes, tree_shardings(mesh, shapes, model.logical_axes())
 
 
 def _bytes(shapes: Any, layout: Any) -> float:

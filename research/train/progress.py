@@ -32,7 +32,7 @@ class Silent:
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    parts = [f"loss {float(values['loss']):.4f}"]
+    parts = [f"{name} {float(values[name]):.4f}" for name in ("reward", "loss") if name in values]
     if "tokens_per_second" in values:
         parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
     if values.get("peak_share") is not None:

@@ -21,6 +21,7 @@ def check_fits(experiment: Experiment, mesh: Mesh) -> None:
     """Raises MeshError where the mesh does not divide the batch or the model, naming the nearest one that does."""
     source, count = experiment.source, experiment.accumulate
     splits = sharding.batch_splits(source.batch_size, source.sequence_length, microbatches=count)
+    splits += getattr(source, "splits", [])  # of what its batches hold besides
     sharding.check_mesh(mesh.shape, splits + experiment.model.splits(rows=source.batch_size // count))
 
 

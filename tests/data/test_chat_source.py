@@ -345,7 +345,7 @@ TURN = {"role": "assistant", "content": "b"}
         ({"messages": "a"}, "Line 2 of .* has in 'messages' no list of messages: write "),
         ({"messages": ["a"]}, "Line 2 of .* has in 'messages' no list of messages"),
         ({"messages": [TURN, {"role": "user"}]}, "Message 2 of line 2 of .* has no field 'content'"),
-        ({"messages": [TURN | {"content": None}]}, "Message 1 of line 2 of .* has a NoneType in 'content', not text"),
+        ({"messages": [TURN | {"content": None}]}, "Message 1 of line 2 of .* has null in 'content', which is not t"),
         ({"messages": [TURN, TURN | {"role": "tool"}]}, "Message 2 of line 2 of .* role 'tool'; roles are "),
         ({"messages": [TURN | {"role": "user"}]}, "Line 2 of .* has no assistant's message"),
         ({"messages": [TURN | {"content": "\ud800"}]}, "Message 1 of line 2 of .* half of a surrogate pair"),

@@ -231,7 +231,7 @@ def test_jsonl_reads_every_text_once_and_equal_texts_together(tmp_path, cache):
         ('{"text": ', "Line 2 of .* is not JSON .*mend or remove that line"),
         ("[1]", "Line 2 of .* is a JSON list, not an object"),
         ('{"body": "x", "a": 1}', r"Line 2 of .* has no field 'text' \(its fields: a, body\)"),
-        ('{"text": 3}', "Line 2 of .* has a int in 'text', not text"),
+        ('{"text": 3}', "Line 2 of .* has 3 in 'text', which is not text"),
         (b'{"text": "\xff"}', "Line 2 of .* is not UTF-8"),
         ('{"text": "\\ud800"}', "Line 2 of .* half of a surrogate pair"),
     ],

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from launch import collect
+from launch import collect, study
 from launch import sweep as sweeps
 from launch.study import Study
 from research.core.files import read_json
@@ -47,6 +47,14 @@ def test_what_will_not_run_is_told_before_the_first_stage_does(tmp_path):
     check(experiments | {"second": replace(valued, init=Init(stage("first"), model=tiny.MODEL))})
 
 
+def test_one_stage_is_changed_by_its_name():
+    changed = study.load("experiments/r1.py", ["rl.source.samples=4", "seed=3"]).experiments
+    assert changed["rl"].source.samples == 4 and changed["zero"].source.samples == 16
+    assert {experiment.seed for experiment in changed.values()} == {3}
+    with pytest.raises(UserError, match="ChatSource has no field 'samples'"):
+        study.load("experiments/r1.py", ["source.samples=4"])
+
+
 def test_weights_of_another_tokenizer_are_refused(tmp_path, cache_dir):
     first = replace(tiny.experiment(steps=2), evals=())
     loop.run(first, tmp_path / "first", loop.Options(cache_dir=cache_dir))
@@ -63,14 +71,14 @@ def test_a_sweep_runs_stages_in_order_and_does_again_what_has_other_inputs(tmp_p
     experiments = {name: replace(one, name=name) for name, one in stages().items()}
     with pytest.raises(Waiting, match="'first', which is not finished"):
         resolved(experiments["second"], directory)
-    study = Study("graph", "graph.py", experiments, None)
-    assert sweeps.sweep(study, directory) == 0
+    made = Study("graph", "graph.py", experiments, None)
+    assert sweeps.sweep(made, directory) == 0
     given = resolved(experiments["second"], directory).init
     assert given.checkpoint == str(directory / "first") and given.content == weights.content(directory / "first")
     done = {name: collect.status(one, directory / name)[0] for name, one in experiments.items()}
     assert set(done.values()) == {"finished"}
     before = read_json(directory / "third" / "result.json")
-    assert sweeps.sweep(study, directory) == 0 and "third: finished before" in capsys.readouterr().err
+    assert sweeps.sweep(made, directory) == 0 and "third: finished before" in capsys.readouterr().err
     assert read_json(directory / "third" / "result.json") == before
 
     # where the weights lie does not count, what they are does

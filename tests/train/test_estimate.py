@@ -8,7 +8,9 @@ import pytest
 from benchmarks.tpu_programs import ALL
 from research.core.chips import CHIPS, Slice, slice_of
 from research.core.sharding import MeshError, MeshSpec
+from research.scaling import cost
 from research.train.estimate import estimate
+from research.train.experiment import Init
 from tests import tiny
 
 # GiB at the peak, libtpu 0.0.42.1; the estimate is 12% off at most
@@ -32,6 +34,14 @@ def on(name):
 @pytest.mark.parametrize("name", COMPILED)
 def test_memory_is_that_of_the_compiled_program_within_a_sixth(name):
     assert on(name).peak / 2**30 == pytest.approx(COMPILED[name], rel=0.16)
+
+
+def test_a_frozen_model_takes_its_parameters_and_a_forward_pass():
+    plain, where = tiny.experiment(), slice_of("v5e-4")
+    beside = replace(plain, frozen={"reference": Init("x")})
+    one, two = estimate(plain, where), estimate(beside, where)
+    assert two.state - one.state == 4 * cost.params(tiny.MODEL).total
+    assert two.roofline.compute == pytest.approx(one.roofline.compute * 4 / 3)
 
 
 def test_what_slices_exchange_goes_over_the_network():

@@ -86,7 +86,9 @@ def text_of(record: Mapping[str, Any], field: str, *, where: str, setting: str) 
     """A field that holds text. Raises CorpusError where it holds anything else."""
     text = value_of(record, field, where=where, setting=setting)
     if not isinstance(text, str):
-        raise CorpusError(f"{where} has a {type(text).__name__} in {field!r}, not text: set {setting}.")
+        raise CorpusError(
+            f"{where} has {json.dumps(text)[:40]} in {field!r}, which is not text: write it as text, or set {setting}."
+        )
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise CorpusError(f"{where} has half of a surrogate pair in {field!r}: mend that line.")
     return text
