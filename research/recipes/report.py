@@ -23,6 +23,7 @@ LINES = ("-", "--", ":")
 PANELS = (
     ("{name}/greedy", "held-out problems solved greedily", 1.0),
     ("reward", "mean reward of a rollout", None),
+    ("response/length", "tokens of responses", None),
     ("response/length_wrong", "tokens of wrong responses", None),
     ("entropy", "entropy of a token (nats)", None),
 )
@@ -43,8 +44,9 @@ def write_report(
     found = {run: _outcome(out / run, name) for run in (one.name for one in runs.runs) if (out / run / RESULT).exists()}
     lines = {run: metrics.read(out / run) for run in found}
     unfinished = {one.name: one.status for one in runs.runs if one.name not in found}
-    draws = [_panel(kinds, lines, key.format(name=name), label, top) for key, label, top in PANELS]
-    picture = canvas.panels(draws, name="training", columns=2, width=12, height=8, title=title)
+    draws = [_shares(kinds, found)]
+    draws += [_panel(kinds, lines, key.format(name=name), label, top) for key, label, top in PANELS]
+    picture = canvas.panels(draws, name="training", columns=3, width=16, height=8, title=title)
     record = {"title": title, "notes": [], "sentences": list(sentences), "runs": found, "excluded": unfinished}
     write_csv(runs, out / "table.csv")
     for kind, data in picture.items():
@@ -60,6 +62,26 @@ def _outcome(directory: Path, name: str) -> dict[str, Any]:
     last = result.get("metrics", {})
     solved = {key.partition("/")[2]: value for key, value in last.items() if key.startswith(f"{name}/")}
     return {**solved, "params": result.get("params"), "seconds": result.get("seconds")}
+
+
+def _shares(kinds: Mapping[str, Sequence[str]], found: Mapping[str, Any]) -> Callable[[Any], None]:
+    """What each kind solves in the end, a mark for each seed; the first stands at the top."""
+
+    def draw(axes: Any) -> None:
+        for measure, marker, colour in (("greedy", "o", canvas.BLUE), ("pass@1", "|", canvas.VERMILION)):
+            points = [
+                (found[run][measure], place)
+                for place, runs in enumerate(kinds.values())
+                for run in runs
+                if measure in found.get(run, {})
+            ]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker, color=colour, ms=8, label=measure)
+        axes.set(title="held-out problems solved in the end", xlim=(0, 1), ylim=(len(kinds) - 0.5, -0.5))
+        axes.set_yticks(range(len(kinds)), list(kinds))
+        axes.legend()
+
+    return draw
 
 
 def _panel(
