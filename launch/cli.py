@@ -140,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
     bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] is not None else ""
     loss = f"loss {result['loss']:.4f} nats per token" if result["loss"] is not None else "no held-out loss"
     solved = {name: share for name, share in result["metrics"].items() if name.endswith(("/greedy", "/pass@1"))}
-    loss = ", ".join(f"{name} {share:.1%}" for name, share in solved.items()) or loss
+    loss = ", ".join([loss] * (result["loss"] is not None or not solved) + [f"{n} {v:.1%}" for n, v in solved.items()])
     if hosts.first():
         print(f"{options.only}: {loss}{bits}, {result['seconds']:.0f} s")
     return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from research.core.config import override
+from research.core.config import field_types, override
 from research.core.types import UserError
 from research.train.experiment import Experiment
 
@@ -56,15 +56,15 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Study:
         raise UserError(f"{function}() of {path_text} must return a dict of name to Experiment.")
     if not experiments:
         raise UserError(f"{function}() of {path_text} returned no experiment.")
-    if any(assignment.partition("=")[0].strip() == "name" for assignment in overrides):
-        raise UserError("--set name=... would give every run one name: the names are the keys of the study's dict.")
     analyze = getattr(module, "analyze", None)
     if analyze is not None and not callable(analyze):
         raise UserError(f"analyze in {path_text} is not a function: define analyze(runs, out), or leave it out.")
+    owned = [(_owner(assignment, experiments), assignment.strip()) for assignment in overrides]
     changed = {}
     for name, experiment in experiments.items():
-        owners = {assignment: _owner(assignment, experiments) for assignment in overrides}
-        mine = [one.strip().removeprefix(f"{name}.") for one, owner in owners.items() if owner in (None, name)]
+        mine = [text.removeprefix(f"{owner}.") for owner, text in owned if owner in (None, name)]
+        if any(text.partition("=")[0].strip() == "name" for text in mine):
+            raise UserError("--set name=... would rename runs: the names are the keys of the study's dict.")
         changed[name] = replace(override(experiment, *mine), name=name)
     parts = [Path(path_text).stem] + ([function] if function != "sweep" else [])
     folder = "-".join(parts) + "".join("@" + re.sub(r"[^\w.=+-]", "_", o) for o in sorted(overrides))
@@ -72,8 +72,19 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Study:
 
 
 def _owner(assignment: str, names: Collection[str]) -> str | None:
-    """The experiment that an override is for, where it begins with its name."""
-    return max((name for name in names if assignment.strip().startswith(f"{name}.")), key=len, default=None)
+    """The experiment that an override is for, where it begins with its name. Raises UserError where it begins with
+    neither a name nor a field."""
+    text = assignment.strip()
+    if (head := re.split("[.=]", text)[0]) in field_types(Experiment):
+        return None
+    owner = max((name for name in names if text.startswith(f"{name}.")), key=len, default=None)
+    if owner is None and "=" in text and "." in text.partition("=")[0]:
+        listed = ", ".join(list(names)[:20])
+        raise UserError(
+            f"--set {text}: {head!r} is neither a field of experiments ({', '.join(field_types(Experiment))}) nor one "
+            f"of the study's runs ({listed})."
+        )
+    return owner
 
 
 def load_module(path: Path) -> ModuleType:

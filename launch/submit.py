@@ -94,7 +94,6 @@ def wanted(study: Study, directory: Path) -> list[Wanted]:
     def has_result(name: str, experiment: Experiment) -> Callable[[], bool]:
         return lambda: collect.status(experiment, directory / name)[0] == "finished"
 
-    graph.check(study.experiments)
     ordered = [(name, study.experiments[name]) for name in graph.order(study.experiments)]
     return [
         Wanted(name, experiment.flops, has_result(name, experiment), graph.inputs(experiment))

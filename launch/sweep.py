@@ -27,7 +27,6 @@ def sweep(study: Study, directory: Path, *, stall_minutes: float = watchdog.MINU
     """Runs every unfinished experiment; one that fails does not stop the others. Returns the exit code."""
     hosts.from_first(lambda: check_not_submitted(directory))
     names = graph.order(study.experiments)
-    graph.check(study.experiments)
     for name in names:
         hosts.from_first(functools.partial(check_corpus, study.experiments[name], directory / name))
     begun, failed = time.monotonic(), []

@@ -139,9 +139,9 @@ def check_types(value: Any, path: str = "") -> None:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for name, annotation in field_types(type(value)).items():
             child, where = getattr(value, name), f"{path}.{name}" if path else name
-            members = union_members(annotation)
-            if not any(_may_be(child, member) for member in members):
-                raise ConfigError(f"{where} is {child!r}: it must be {_describe(members)}.")
+            if not _is_one_of(child, annotation):
+                given = repr(child) if len(repr(child)) <= 80 else f"{repr(child)[:77]}..."
+                raise ConfigError(f"{where} is {given}: it must be {_describe(union_members(annotation))}.")
             check_types(child, where)
     elif isinstance(value, Mapping):
         for key, child in value.items():
@@ -152,12 +152,21 @@ def check_types(value: Any, path: str = "") -> None:
 
 
 def _may_be(value: Any, member: Any) -> bool:
-    if typing.get_origin(member) is typing.Literal:
-        return value in typing.get_args(member)
+    origin, args = typing.get_origin(member), typing.get_args(member)
+    if origin is typing.Literal:
+        return value in args
     if member is type(None):
         return value is None
+    if origin is tuple and args[-1] is Ellipsis:
+        return isinstance(value, tuple | list) and all(_is_one_of(one, args[0]) for one in value)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(_is_one_of(one, args[1]) for one in value.values())
     part = isinstance(member, type) and (dataclasses.is_dataclass(member) or getattr(member, "_is_protocol", False))
     return not (part and (value is None or isinstance(value, bool | int | float | str | type)))
+
+
+def _is_one_of(value: Any, annotation: Any) -> bool:
+    return any(_may_be(value, member) for member in union_members(annotation))
 
 
 def short_types(record: Any) -> Any:
@@ -314,6 +323,17 @@ def _describe(members: tuple[Any, ...]) -> str:
         elif member is type(None):
             words.append("none")
         else:
-            plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-            words.append(plain.get(member) or getattr(member, "__name__", str(member)))
+            words.append(_word(member))
     return " or ".join(words)
+
+
+def _word(member: Any) -> str:
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    origin, args = typing.get_origin(member), typing.get_args(member)
+    if member in plain:
+        return plain[member]
+    if origin is tuple and args[-1] is Ellipsis:
+        return f"a tuple, as in (a, b), of {_describe(union_members(args[0]))}"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"a mapping, as in {{name: ...}}, to {_describe(union_members(args[1]))}"
+    return getattr(member, "__name__", str(member))

@@ -154,7 +154,11 @@ class Stream(Protocol):
 
 @runtime_checkable
 class Source(Protocol):
-    """Where batches come from: a corpus, preference pairs, rollouts of the live policy."""
+    """Where batches come from: a corpus, preference pairs, rollouts of the live policy.
+
+    It may have ``check(experiment)``, as an objective may: it raises UserError for what it lacks of the experiment's
+    other parts; and ``splits``, what a mesh must divide besides its rows (``sharding.Split``).
+    """
 
     batch_size: int
     sequence_length: int

@@ -52,10 +52,10 @@ class NextToken:
     def check(self, experiment: Any) -> None:
         """Raises UserError where the experiment's source has no target for each token."""
         source, shapes = experiment.source, experiment.source.batch_shapes()
-        if shapes["targets"].shape != shapes["tokens"].shape:
+        if "targets" not in shapes or shapes["targets"].shape != shapes["tokens"].shape:
             raise UserError(
-                f"NextToken learns every token of a row, and {type(source).__name__} has targets for responses alone: "
-                "set objective to Grpo(...) or Ppo(...)."
+                f"NextToken needs a target for each token of a row, and {type(source).__name__} has none, or for "
+                "responses alone: set objective to Grpo(...) or Ppo(...)."
             )
 
     def __call__(self, policy: Policy, frozen: Mapping[str, Policy], batch: Batch, key: Array | None) -> Loss:

@@ -7,7 +7,8 @@ A stage is an ordinary experiment. Once what it takes is finished, ``resolved`` 
 those weights: a stage whose inputs have changed has another hash, and all that has not changed is not done again.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,12 @@ def inputs(experiment: Experiment) -> tuple[str, ...]:
 
 
 def order(experiments: Mapping[str, Experiment]) -> list[str]:
-    """Names, each after its inputs; else the cheapest first. Raises UserError for inputs that are not there, and for
-    circles."""
+    """Names, each after its inputs; else the cheapest first. Raises UserError for inputs that are not there, for
+    circles, and naming the first experiment of which it can be told now that it will not run: by its settings, or as
+    the models of the stages that it begins from are others."""
+    for name, experiment in experiments.items():
+        with _named(name):
+            experiment.check()
     needs = {name: inputs(experiment) for name, experiment in experiments.items()}
     for name, wanted in needs.items():
         for one in wanted:
@@ -61,21 +66,21 @@ def order(experiments: Mapping[str, Experiment]) -> list[str]:
             raise UserError(f"The stages {', '.join(sorted(waiting))} wait for each other: one must begin without.")
         found.append(ready)
         waiting.remove(ready)
-    return found
-
-
-def check(experiments: Mapping[str, Experiment]) -> None:
-    """Raises UserError naming the first experiment of which it can be told now that it will not run: by its settings,
-    or as the models of the stages that it begins from are others."""
     for name, experiment in experiments.items():
-        try:
-            experiment.check()
+        with _named(name):
             for init in filter(None, (experiment.init, *experiment.frozen.values())):
                 if (begun := _stage_of(init)) is not None:
                     own, wanted = experiments[begun].model, init.model or experiment.model
                     weights.check_fits(own, wanted, experiment.precision, f"the stage {begun!r}")
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from error
+    return found
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def resolved(experiment: Experiment, directory: Path, stages: Mapping[str, Experiment] | None = None) -> Experiment:

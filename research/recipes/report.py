@@ -79,7 +79,8 @@ def _shares(kinds: Mapping[str, Sequence[str]], found: Mapping[str, Any]) -> Cal
                 axes.plot(*zip(*points, strict=True), marker, color=colour, ms=8, label=measure)
         axes.set(title="held-out problems solved in the end", xlim=(0, 1), ylim=(len(kinds) - 0.5, -0.5))
         axes.set_yticks(range(len(kinds)), list(kinds))
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
 
     return draw
 

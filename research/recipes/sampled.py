@@ -19,6 +19,7 @@ from research.data.sources.base import check_split
 from research.data.sources.conversations import texts
 from research.evals.tasks.base import Reward, Task
 from research.models.bound import Bound
+from research.rl.groups import worth
 from research.rl.respond import Speaker, Speech
 from research.train import weights
 
@@ -77,9 +78,12 @@ class Sampled:
                 found += 1
                 yield tuple(Message(*message) for message in record)
         if split == "train" and not found:
+            if end <= self.first:
+                raise UserError(f"Sampled begins at problem {self.first} of {size}: set first below that.")
             raise UserError(
                 f"No answer of {self.checkpoint} to {end - self.first} problems was finished and worth at least "
-                f"{self.least}: begin from a better model, ask more problems or take more samples."
+                f"{self.least}: begin from a better model, ask more problems, take more samples, or, where no prompt "
+                "fits, raise prompt_length."
             )
 
     def documents(self, split: str, *, cache_dir: Path) -> Iterator[str]:
@@ -117,7 +121,7 @@ class _Model:
             answers = list(self.speaker.ask(self._policy, problems, samples=corpus.samples, seeds=seeds))
         for number, problem in enumerate(problems):
             mine = sorted((a.sample, a.response) for a in answers if a.problem == number and a.response.finished)
-            right = [said.text for _, said in mine if reward.score(problem, said) >= corpus.least]
+            right = [said.text for _, said in mine if worth(reward, problem, said) >= corpus.least]
             for text in list(dict.fromkeys(right))[: corpus.keep]:
                 yield (*corpus.speech.messages(problem), Message("assistant", text))
 

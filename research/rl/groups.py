@@ -2,6 +2,7 @@
 """Groups of responses to one prompt: what each is worth, the rows they become, and what there is to say of them."""
 
 import math
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,29 +43,35 @@ class Group(NamedTuple):
 
 
 def graded(reward: Reward, problem: Problem, response: Response) -> dict[str, float]:
-    """A response's reward, and its parts by name; a reward without parts is its own. Raises UserError naming the line
-    where a reward fails, or what it gave that is no finite number."""
+    """A response's reward, and its parts by name; a reward without parts is its own. Raises UserError as ``worth``."""
+    if isinstance(reward, Weighted):
+        values = {name: worth(part, problem, response) for name, (_, part) in reward.parts.items()}
+        return {TOTAL: reward.total(values), **values}
+    value = worth(reward, problem, response)
+    return {TOTAL: value, CORRECT: value}
+
+
+def worth(reward: Reward, problem: Problem, response: Response) -> float:
+    """What a reward gives. Raises UserError naming the line where it fails, or what it gave that is no number."""
+    mend = "mend it, and the run goes on from its last checkpoint"
     try:
-        if isinstance(reward, Weighted):
-            values = reward.components(problem, response)
-            found = {TOTAL: reward.total(values), **values}
-        else:
-            value = float(reward.score(problem, response))
-            found = {TOTAL: value, CORRECT: value}
-    except UserError:
+        value = reward.score(problem, response)
+    except (UserError, OSError):  # a full disk is not the reward's fault
         raise
-    except Exception as error:  # of a reward of the user's own
-        place = traceback.extract_tb(error.__traceback__)[-1]
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = getattr(sys.modules.get(type(reward).__module__), "__file__", None)
+        place = next((frame for frame in reversed(frames) if frame.filename == own), frames[-1])
         raise UserError(
-            f"The reward {type(reward).__name__} fails with {type(error).__name__}: {error} (line {place.lineno} of "
-            f"{place.filename}): mend it, and the run goes on from its last checkpoint."
+            f"The reward {type(reward).__name__} fails with {type(error).__name__}: {' '.join(str(error).split())} "
+            f"(line {place.lineno} of {place.filename}): {mend}."
         ) from error
-    if bad := [f"{name or 'the sum'} is {value}" for name, value in found.items() if not math.isfinite(value)]:
+    if not isinstance(value, bool | int | float | np.number) or not math.isfinite(value):
         raise UserError(
-            f"The reward {type(reward).__name__} of a response to {problem.prompt[:60]!r} is no finite number "
-            f"({', '.join(bad)}): mend it, and the run goes on from its last checkpoint."
+            f"The reward {type(reward).__name__} gave {value!r} for a response to {problem.prompt[:60]!r}, which is no "
+            f"finite number: {mend}."
         )
-    return found
+    return float(value)
 
 
 def grouped(problems: Sequence[Problem], answers: Sequence[Answer], grades: Sequence[dict[str, float]]) -> list[Group]:

@@ -20,7 +20,6 @@ from research.core.sharding import (
     Split,
     batch_sharding,
     batch_splits,
-    check_mesh,
     make_mesh,
     replicated,
     tree_shardings,
@@ -39,7 +38,7 @@ from research.rl.respond import Speaker, Speech, seed_of
 from research.rl.rewards.learned import LearnedReward, learned
 from research.rl.score import score
 
-PASSED_OVER = 1000  # problems in a row that are too long, for each that is wanted, before it is an error
+PASSED_OVER = 1000  # problems in a row that are too long before it is an error
 PROBLEMS_OF_A_SEED = 1 << 20  # of endless tasks: each seed has its own, after the first ones, which serve as examples
 
 
@@ -149,8 +148,6 @@ class Rollouts:
         return {**ids, "targets": targets, **numbers}
 
     def start(self, context: Context) -> "RolloutStream":
-        check_mesh(context.mesh.shape, batch_splits(self.batch_size, self.sequence_length) + self.splits)
-        self.check(context)
         return RolloutStream(self, context)
 
     def check(self, experiment: Any) -> None:
@@ -297,12 +294,13 @@ class RolloutStream:
 
     def _problems(self, count: int) -> list[Problem]:
         """The next so many whose prompts are not too long. Raises UserError where too many in a row are."""
-        found, first = list[Problem](), self._cursor
+        found, last = list[Problem](), self._cursor
         while len(found) < count:
             problem = self.source.task.problem("train", self._index(self._cursor))
             if self.speaker.fits(problem):
                 found.append(problem)
-            elif self._cursor - first >= PASSED_OVER * (1 + len(found)):
+                last = self._cursor
+            elif self._cursor - last >= PASSED_OVER:
                 self.speaker.prompt(problem)  # which says so
             self._cursor += 1
         return found

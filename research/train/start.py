@@ -69,9 +69,10 @@ def first_state(program: Program, checkpoints: checkpoint.Checkpointer, stream: 
     if saved:
         return _restore(program, checkpoints, saved[-1], stream, experiment.record())
     init = experiment.init
+    for one in filter(None, (init, *experiment.frozen.values())):
+        _check_tokenizer(one, stream)
     if init is None:
         return program.fresh()
-    _check_tokenizer(init, stream)
     if init.parts == "weights":
         given, fresh = program.load(init), program.fresh()
         params = {**fresh.params, **given.params}  # the checkpoint's model may lack a value head

@@ -9,7 +9,7 @@ from research.core import config
 from research.core.config import ConfigError, config_hash, from_json, override, to_json
 from research.evals.validation import Validation
 from research.objectives.grpo import Clip, Grpo
-from research.train.experiment import Experiment, Tokens
+from research.train.experiment import Experiment, Init, Tokens
 from tests import tiny
 
 
@@ -93,6 +93,10 @@ def test_override_errors_name_what_is_allowed(assignment, words):
         (dict(init="stage:sft"), ["init is 'stage:sft'", "Init or none"]),
         (dict(objective=Grpo), ["objective is <class", "Objective"]),
         (dict(model=None), ["model is None", "Decoder"]),
+        (dict(length=600), ["length is 600", "or Steps"]),
+        (dict(frozen={"reference": "stage:sft"}), ["frozen is {'reference'", "a mapping", "Init"]),
+        (dict(frozen=Init("x")), ["frozen is Init(", "a mapping"]),
+        (dict(evals=Validation(None, Grpo())), ["evals is Validation(", "a tuple, as in (a, b), of Eval"]),
         (dict(evals=(Validation(None, Grpo(ratio="seq")),)), ["evals.0.source is None"]),
     ],
 )

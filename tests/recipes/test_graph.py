@@ -10,7 +10,7 @@ from launch import sweep as sweeps
 from launch.study import Study
 from research.core.files import read_json
 from research.core.types import UserError
-from research.recipes.graph import Waiting, check, inputs, order, resolved, stage
+from research.recipes.graph import Waiting, inputs, order, resolved, stage
 from research.train import loop, weights
 from research.train.checkpoint import CheckpointError
 from research.train.experiment import Init
@@ -40,11 +40,13 @@ def test_what_will_not_run_is_told_before_the_first_stage_does(tmp_path):
         (replace(experiments["second"], model=replace(tiny.MODEL, d_model=64)), "take over the checkpoint's model"),
         (valued, "model=the checkpoint's model.*value head begins afresh"),
         (replace(experiments["second"], log_every=0), "log_every is 0"),
+        (replace(experiments["second"], length=600), "length is 600: it must be Tokens or"),
+        (replace(experiments["second"], frozen={"reference": stage("first")}), "frozen is .*: it must be a mapping"),
     ):
         with pytest.raises(UserError, match=f"^second: .*{told}"):
             sweeps.sweep(Study("graph", "graph.py", experiments | {"second": changed}, None), tmp_path)
     assert not list(tmp_path.iterdir())
-    check(experiments | {"second": replace(valued, init=Init(stage("first"), model=tiny.MODEL))})
+    order(experiments | {"second": replace(valued, init=Init(stage("first"), model=tiny.MODEL))})
 
 
 def test_one_stage_is_changed_by_its_name():
@@ -53,6 +55,12 @@ def test_one_stage_is_changed_by_its_name():
     assert {experiment.seed for experiment in changed.values()} == {3}
     with pytest.raises(UserError, match="ChatSource has no field 'samples'"):
         study.load("experiments/r1.py", ["source.samples=4"])
+    with pytest.raises(UserError, match="'rll' is neither a field of experiments .* nor one of the study's runs"):
+        study.load("experiments/r1.py", ["rll.seed=4"])
+    with pytest.raises(UserError, match="--set name="):
+        study.load("experiments/r1.py", ["rl.name=x"])
+    changed = study.load("experiments/r1.py", ["seed=1", "seed=2", "seed=1"]).experiments
+    assert changed["rl"].seed == 1  # the last one wins
 
 
 def test_weights_of_another_tokenizer_are_refused(tmp_path, cache_dir):

@@ -229,7 +229,7 @@ def test_penalties_values_and_rescoring_come_from_the_models(start):
     assert abs(stream.report()["kl"] - k1.mean()) < 1e-4
     assert np.abs(rows["values"][real]).min() > 0 and float(loss.metrics["value"].mean) != 0
     with pytest.raises(UserError, match="frozen model 'reference'"):
-        start(source)
+        letters.experiment(source=source).check()
 
 
 def test_a_reward_model_reads_the_end_of_each_response(start):
@@ -250,7 +250,7 @@ def test_a_reward_model_reads_the_end_of_each_response(start):
     np.testing.assert_allclose(found, added, atol=1e-4)
     assert abs(stream.report()["reward/learned"] - given.mean()) < 1e-4
     with pytest.raises(UserError, match="asks the frozen model 'reward'"):
-        start(source)
+        letters.experiment(source=source).check()
 
 
 def test_a_mesh_of_its_own_for_sampling_gives_the_same(start):
@@ -358,7 +358,7 @@ def test_killed_in_mid_rollout_it_goes_on_to_the_same_rewards(tmp_path, cache_di
 class Worth:
     """A reward of the user's own: 1 over a number, which may be none."""
 
-    number: float | None
+    number: complex | None
 
     def score(self, problem, response):
         return 1 / self.number
@@ -368,8 +368,9 @@ class Worth:
     ("reward", "told"),
     [
         (Worth(0), r"The reward Worth fails with ZeroDivisionError: .* \(line \d+ of .*test_rollout.py\)"),
-        (Weighted({"own": (1.0, Worth(None))}), "The reward Weighted fails with TypeError"),
-        (Worth(float("nan")), "The reward Worth of a response to 'p' is no finite number .*the sum is nan"),
+        (Weighted({"own": (1.0, Worth(None))}), r"The reward Worth fails with TypeError: .*test_rollout.py\)"),
+        (Weighted({"own": (1.0, Worth(float("nan")))}), "The reward Worth gave nan for a response to 'p'"),
+        (Worth(1j), "The reward Worth gave .*, which is no finite number"),
     ],
 )
 def test_a_reward_that_fails_is_named_with_its_line(reward, told):
@@ -416,7 +417,7 @@ def test_mistakes_are_told_before_anything_is_sampled(tmp_path, cache_dir):
         (letters.experiment(objective=Grpo(importance_cap=2.0)), "set rescore=True"),
         (letters.experiment(objective=Ppo()), "advantage to Gae"),
         (letters.experiment(objective=Ppo(), source=letters.rollouts(advantage=Gae())), "has no value head"),
-        (letters.experiment(objective=NextToken()), "Rollouts has targets for responses alone"),
+        (letters.experiment(objective=NextToken()), "Rollouts has none, or for responses alone"),
         (replace(tiny.experiment(), objective=Grpo()), "TextSource gives none: set source to Rollouts"),
         (letters.experiment(source=letters.rollouts(overlong="masked")), "source.overlong is 'masked'"),
     ):
