@@ -3,8 +3,8 @@
 
 Question:  How far does GRPO take a model beyond the worked examples that it began with, where answers are to be found?
 Command:   lab sweep experiments/grpo_countdown.py
-Hardware:  two CPU cores.
-Expect:    see LOG.md
+Hardware:  two CPU cores, a quarter of an hour.
+Expect:    pass@1 of 30% after the cold start, 59% after GRPO; pass@16 falls from 83% to 67%.
 """
 
 from dataclasses import replace

@@ -4,8 +4,8 @@
 Question:  What does each stage add: a cold start on a few worked examples, trial and error by rules, its right answers
            as examples among general text, trial and error by several rewards, and those answers for a smaller model?
 Command:   lab sweep experiments/r1.py
-Hardware:  two CPU cores.
-Expect:    see LOG.md
+Hardware:  two CPU cores, half an hour.
+Expect:    52% (base), 71% (cold), 97% (rl), 98% (sft, final, zero); the small model 11% (cold), 36% (rl), 100% (distilled).
 """
 
 from dataclasses import replace

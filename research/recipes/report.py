@@ -76,7 +76,7 @@ def _shares(kinds: Mapping[str, Sequence[str]], found: Mapping[str, Any]) -> Cal
                 if measure in found.get(run, {})
             ]
             if points:
-                axes.plot(*zip(*points, strict=True), marker, color=colour, ms=8, label=measure)
+                axes.plot(*zip(*points, strict=True), marker, color=colour, ms=8, label=measure, clip_on=False)
         axes.set(title="held-out problems solved in the end", xlim=(0, 1), ylim=(len(kinds) - 0.5, -0.5))
         axes.set_yticks(range(len(kinds)), list(kinds))
         if axes.get_legend_handles_labels()[0]:
