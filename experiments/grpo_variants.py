@@ -4,8 +4,8 @@
 Question:  What do normalisers, clipping, ratios and advantages change at this scale; and do wrong answers grow longer
            under GRPO's normaliser and not under Dr. GRPO's (Liu et al. 2025, section 3.1)?
 Command:   lab sweep experiments/grpo_variants.py
-Hardware:  two CPU cores.
-Expect:    see LOG.md
+Hardware:  two CPU cores, five minutes a variant.
+Expect:    GRPO 82%, Dr. GRPO 78% greedily; wrong answers keep their length under both, as sums set it (LOG.md).
 """
 
 from dataclasses import replace
