@@ -6,7 +6,7 @@ Question:  A model that has seen 256 worked sums solves half of others. How far 
            the same examples?
 Command:   lab sweep experiments/grpo_arithmetic.py
 Hardware:  two CPU cores, an hour and a quarter.
-Expect:    40% to 53% solved greedily after the cold start, 92% to 97% after GRPO, in 10 to 11 minutes a seed; 63% to 76%
+Expect:    40% to 53% solved greedily after the cold start, 92% to 97% after GRPO in 10 to 11 minutes a seed, 63% to 76%
            after as many FLOPs of the same examples.
 """
 

@@ -5,7 +5,7 @@ Question:  What does each stage add: a cold start on a few worked examples, tria
            as examples among general text, trial and error by several rewards, and those answers for a smaller model?
 Command:   lab sweep experiments/r1.py
 Hardware:  two CPU cores, half an hour.
-Expect:    52% (base), 71% (cold), 97% (rl), 98% (sft, final, zero); the small model 11% (cold), 36% (rl), 100% (distilled).
+Expect:    52% (base), 71% (cold), 97% (rl), 98% (sft, final, zero); small 11% (cold), 36% (rl), 100% (distilled).
 """
 
 from dataclasses import replace
